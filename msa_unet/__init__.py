@@ -1,0 +1,16 @@
+"""MSA-Unet for 2D medical image segmentation: any timm encoder, pretrained checkpoints, ready for CUDA."""
+
+from .config import MSAUnetConfig
+from .encoders import list_encoders
+from .errors import CheckpointError, ConfigError, EncoderError, InputError
+from .model import MSAUnet
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EncoderError",
+    "InputError",
+    "MSAUnet",
+    "MSAUnetConfig",
+    "list_encoders",
+]
