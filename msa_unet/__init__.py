@@ -3,6 +3,7 @@
 from .config import MSAUnetConfig
 from .encoders import list_encoders
 from .errors import CheckpointError, ConfigError, EncoderError, InputError
+from .inference import Segmentation, predict
 from .model import MSAUnet
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "InputError",
     "MSAUnet",
     "MSAUnetConfig",
+    "Segmentation",
     "list_encoders",
+    "predict",
 ]

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class MSAEncoder(nn.Module):
 
     strides = (1, 2, 4, 8, 16)
 
-    def __init__(
-        self, in_channels: int = 3, widths: tuple[int, ...] | None = None, antialias: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int = 3, widths: tuple[int, ...] = (), antialias: bool = True) -> None:
         super().__init__()
         self.widths = widths = widths or (64, 128, 256, 512)
         if len(widths) != 4:
@@ -73,7 +71,7 @@ class MSAEncoder(nn.Module):
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         # four poolings need 16 pixels; nothing else is padded, the resizes make odd sizes meet again
-        return torch.sym_max(height, 16), torch.sym_max(width, 16)
+        return torch.sym_max(height, 16), torch.sym_max(width, 16)  # type: ignore[return-value] # SymInt when traced
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
@@ -93,7 +91,7 @@ class MSAEncoder(nn.Module):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """The feature maps that `freeze_encoder` counts: here, all of them."""
-        return self(x)
+        return self.forward(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: keep no activations inside the stages."""
@@ -109,7 +107,7 @@ class TimmEncoder(nn.Module):
 
     Args:
         name: a timm architecture, `.tag` allowed.
-        widths: channels per level, finest first; None for the defaults.
+        widths: channels per level, finest first; empty for the defaults.
         weights: False for random, True for timm's own download, or a path to a .safetensors file with the timm model's
             keys.
 
@@ -121,7 +119,7 @@ class TimmEncoder(nn.Module):
         self,
         name: str,
         in_channels: int = 3,
-        widths: tuple[int, ...] | None = None,
+        widths: tuple[int, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         weights: bool | str | Path = False,
     ) -> None:
@@ -138,13 +136,19 @@ class TimmEncoder(nn.Module):
             )
         # taps that are moved to another level are thinned out first: a 1x1 convolution commutes with the resize
         self.project = nn.ModuleList(
-            nn.Conv2d(channels, self.channels[self.strides.index(level)], 1, bias=False) if plan.spread else nn.Identity()
+            nn.Conv2d(channels, self.channels[self.strides.index(level)], 1, bias=False)
+            if plan.spread
+            else nn.Identity()
             for channels, level in zip(plan.channels, plan.levels, strict=True)
         )
         self.fuse = nn.ModuleList()
         dense = 4 * in_channels
         for i, (stride, width) in enumerate(zip(self.strides, self.channels, strict=True)):
-            own = [width if plan.spread else c for c, level in zip(plan.channels, plan.levels, strict=True) if level == stride]
+            own = [
+                width if plan.spread else c
+                for c, level in zip(plan.channels, plan.levels, strict=True)
+                if level == stride
+            ]
             self.fuse.append(nn.Sequential(*conv_bn_relu(dense + sum(own), width, kernel=3 if i == 0 else 1)))
             dense += width
 
@@ -171,26 +175,19 @@ class TimmEncoder(nn.Module):
     def taps(self, x: Tensor) -> list[Tensor]:
         """The backbone's own feature maps, NCHW, finest first, at the strides it produces."""
         plan = self.plan
-        n, height, width = len(x), *x.shape[-2:]
-        if plan.tile:  # a fixed-size backbone sees the frame as a whole number of tiles of its size
-            (rows, th), (cols, tw) = (
-                (torch.sym_max((2 * side * plan.numerator + tile * plan.denominator) // (2 * tile * plan.denominator), 1), tile)
-                for side, tile in zip((height, width), plan.tile, strict=True)
-            )
-            x = resize(x, (rows * th, cols * tw))
-            x = x.unflatten(3, (cols, tw)).unflatten(2, (rows, th))  # (N, C, rows, th, cols, tw)
-            x = x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        rows = cols = 1
+        if plan.tile:  # a fixed-size backbone sees the frame as the nearest whole number of tiles of its size
+            rows, cols = (plan.tiles(side, tile) for side, tile in zip(x.shape[2:], plan.tile, strict=True))
+            x = _split(resize(x, (rows * plan.tile[0], cols * plan.tile[1])), rows, cols)
         elif plan.numerator != plan.denominator:  # e.g. patches of 14: shrink by 14/16 and the tokens land on stride 16
-            x = resize(x, tuple(side * plan.numerator // plan.denominator for side in (height, width)))
-        taps = self.backbone(x)
-        taps = [t.permute(0, 3, 1, 2) if plan.channels_last else t for t in taps][plan.skip :]
-        if plan.tile:
-            taps = [t.unflatten(0, (n, rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) for t in taps]
-        return taps
+            x = resize(x, [side * plan.numerator // plan.denominator for side in x.shape[2:]])
+        taps = [t.permute(0, 3, 1, 2) if plan.channels_last else t for t in self.backbone(x)][plan.skip :]
+        return [_join(t, rows, cols) for t in taps] if plan.tile else taps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in the backbone, timm's way."""
-        for module in (self.backbone, getattr(self.backbone, "model", None)):
+        backbone: Any = self.backbone
+        for module in (backbone, getattr(backbone, "model", backbone)):
             if hasattr(module, "set_grad_checkpointing"):
                 module.set_grad_checkpointing(enable)
                 return
@@ -215,8 +212,13 @@ class Plan:
     numerator: int  # the input is scaled by numerator / denominator to bring taps to a power-of-two stride
     denominator: int
 
+    def tiles(self, side: int, tile: int) -> int:
+        """How many tiles of `tile` pixels come nearest to `side` scaled to the backbone's strides."""
+        scaled, unit = side * self.numerator, tile * self.denominator
+        return torch.sym_max((2 * scaled + unit) // (2 * unit), 1)  # type: ignore[return-value] # SymInt when traced
 
-@lru_cache(maxsize=None)
+
+@cache
 def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
     """Find out from the architecture itself, without weights, what `TimmEncoder` must know of it."""
     given = dict(kwargs)
@@ -263,7 +265,20 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    return torch.sym_max((side + stride - 1) // stride * stride, 2 * stride)
+    return torch.sym_max((side + stride - 1) // stride * stride, 2 * stride)  # type: ignore[return-value]
+
+
+def _split(x: Tensor, rows: int, cols: int) -> Tensor:
+    """(N, C, rows*h, cols*w) -> (N*rows*cols, C, h, w)."""
+    n, c, height, width = x.shape
+    tiles = x.reshape(n, c, rows, height // rows, cols, width // cols).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(n * rows * cols, c, height // rows, width // cols)
+
+
+def _join(x: Tensor, rows: int, cols: int) -> Tensor:
+    """(N*rows*cols, C, h, w) -> (N, C, rows*h, cols*w), the inverse of `_split`."""
+    c, h, w = x.shape[1:]
+    return x.reshape(-1, rows, cols, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, rows * h, cols * w)
 
 
 def _is_fixed_size(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -290,35 +305,44 @@ def _takes(name: str, kwargs: Mapping[str, Any], size: list[int]) -> bool:
         return False
 
 
-def _create(
-    name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights: bool | str | Path = False
-) -> nn.Module:
-    """timm's feature extractor `name`, with its refusals turned into one typed sentence."""
+def _create(name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights: bool | str | Path = False) -> Any:
+    """Timm's feature extractor `name`, with its refusals turned into one typed sentence."""
     overlay: dict[str, Any] | None = None
     if isinstance(weights, (str, Path)):
         _check_weights(name, kwargs, Path(weights))
         overlay = {"file": str(weights), "custom_load": False}
     elif weights and not getattr(get_pretrained_cfg(name), "has_weights", False):
-        raise EncoderError(f"timm {timm.__version__} has no weights for {name!r}: choose encoder_weights=False or a file.")
+        raise EncoderError(
+            f"timm {timm.__version__} has no weights for {name!r}: choose encoder_weights=False or a file."
+        )
     try:
         return timm.create_model(
-            name, pretrained=bool(weights), pretrained_cfg_overlay=overlay, features_only=True, in_chans=in_channels, **kwargs
+            name,
+            pretrained=bool(weights),
+            pretrained_cfg_overlay=overlay,
+            features_only=True,
+            in_chans=in_channels,
+            **kwargs,
         )
     except TypeError as error:
-        raise EncoderError(f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}.") from error
+        raise EncoderError(
+            f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}."
+        ) from error
 
 
 def _check_weights(name: str, kwargs: Mapping[str, Any], path: Path) -> None:
     """Raise `EncoderError` unless the file holds just the tensors of the timm model `name`, in their shapes."""
     if path.suffix != ".safetensors":
-        raise EncoderError(f"encoder_weights is {str(path)!r}: only .safetensors files are read; save the state dict as one.")
+        raise EncoderError(
+            f"encoder_weights is {str(path)!r}: only .safetensors files are read; save the state dict as one."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise EncoderError(f"encoder_weights {str(path)!r} cannot be read: {error}.") from error
     with torch.device("meta"):
-        model = timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "out_indices"})
+        model: Any = timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "out_indices"})
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
     wanted = shapes(model.state_dict())
@@ -347,7 +371,9 @@ def parameters_of(encoder: MSAEncoder | TimmEncoder, stages: int) -> list[nn.Par
     image = torch.empty(2, encoder.in_channels, *encoder.frame(64, 64), device="meta", dtype=dtype)
     taps = torch.func.functional_call(net, weightless, (image,))
     if not isinstance(stages, int) or not 1 <= stages <= len(taps):
-        raise EncoderError(f"stages is {stages!r}; this encoder has {len(taps)}: choose 1 to {len(taps)}, or None for all.")
+        raise EncoderError(
+            f"stages is {stages!r}; this encoder has {len(taps)}: choose 1 to {len(taps)}, or None for all."
+        )
     total = torch.stack([tap.sum() for tap in taps[:stages]]).sum()
     gradients = torch.autograd.grad(total, [weightless[name] for name in parameters], allow_unused=True)
     return [p for p, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None]

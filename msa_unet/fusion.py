@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,8 @@ def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str
     """
     folded = []
     for conv_name, bn_name in _pairs(model, input_shape):
-        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+        conv: Any = model.get_submodule(conv_name)
+        bn: Any = model.get_submodule(bn_name)
         if type(bn) is nn.BatchNorm2d:
             rest: nn.Module = nn.Identity()
         elif type(bn) is BatchNormAct2d:
@@ -68,11 +69,11 @@ def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, st
     return pairs
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps every operator call with its tensors, alive, so that their identities stay unique."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[str, list[Tensor], Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
