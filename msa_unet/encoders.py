@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,13 +176,14 @@ class TimmEncoder(nn.Module):
         """The backbone's own feature maps, NCHW, finest first, at the strides it produces."""
         plan = self.plan
         rows = cols = 1
-        if plan.tile:  # a fixed-size backbone sees the frame as the nearest whole number of tiles of its size
-            rows, cols = (plan.tiles(side, tile) for side, tile in zip(x.shape[2:], plan.tile, strict=True))
-            x = _split(resize(x, (rows * plan.tile[0], cols * plan.tile[1])), rows, cols)
+        if plan.unit:  # a backbone that takes only multiples of a size sees the frame resized to the nearest one
+            rows, cols = (plan.units(side, unit) for side, unit in zip(x.shape[2:], plan.unit, strict=True))
+            x = resize(x, (rows * plan.unit[0], cols * plan.unit[1]))
         elif plan.numerator != plan.denominator:  # e.g. patches of 14: shrink by 14/16 and the tokens land on stride 16
             x = resize(x, [side * plan.numerator // plan.denominator for side in x.shape[2:]])
+        x = _split(x, rows, cols) if plan.split else x
         taps = [t.permute(0, 3, 1, 2) if plan.channels_last else t for t in self.backbone(x)][plan.skip :]
-        return [_join(t, rows, cols) for t in taps] if plan.tile else taps
+        return [_join(t, rows, cols) for t in taps] if plan.split else taps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in the backbone, timm's way."""
@@ -208,14 +209,17 @@ class Plan:
     spread: bool  # all taps had one stride and were spread over levels
     skip: int  # leading taps at stride 1 that no level wants
     channels_last: bool  # taps come as NHWC
-    tile: tuple[int, int] | None  # the only input size that works
+    unit: (
+        tuple[int, int] | None
+    )  # what both sides of the input must be multiples of, where a level's stride is not enough
+    split: bool  # the backbone has a fixed size: units are cut apart and go through as a batch
     numerator: int  # the input is scaled by numerator / denominator to bring taps to a power-of-two stride
     denominator: int
 
-    def tiles(self, side: int, tile: int) -> int:
-        """How many tiles of `tile` pixels come nearest to `side` scaled to the backbone's strides."""
-        scaled, unit = side * self.numerator, tile * self.denominator
-        return torch.sym_max((2 * scaled + unit) // (2 * unit), 1)  # type: ignore[return-value] # SymInt when traced
+    def units(self, side: int, unit: int) -> int:
+        """How many units come nearest to `side` scaled to the backbone's strides."""
+        scaled, whole = side * self.numerator, unit * self.denominator
+        return torch.sym_max((2 * scaled + whole) // (2 * whole), 1)  # type: ignore[return-value] # SymInt when traced
 
 
 @cache
@@ -237,15 +241,24 @@ def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
             reductions = list(net.feature_info.reduction())
             levels = [max(2, int(levels[0] * 2.0 ** (i - count // 2))) for i in range(count)]
         scale = (reductions[-1], _nearest_level(reductions[-1]))
-        tile = None
-        if _is_fixed_size(name, given):
-            frame = [side * max(levels) * scale[0] // scale[1] for side in (6, 10)]
-            for more in ({}, {"dynamic_img_size": True}, {"strict_img_size": False}):
-                if _takes(name, {**given, **options, **more}, frame):
+        cfg = get_pretrained_cfg(name) or PretrainedCfg()
+        unit, split = None, False
+        if (
+            cfg.fixed_input_size or cfg.min_input_size or spread
+        ):  # timm says, or its kind makes likely, that sizes matter
+            base = max(levels) * scale[0] // scale[1]
+            more: dict[str, Any]
+            if cfg.fixed_input_size:
+                trials = [(1, more) for more in ({}, {"dynamic_img_size": True}, {"strict_img_size": False})]
+            else:
+                trials = [(multiple, {}) for multiple in (1, 2, 3, 4, 8)]
+            for multiple, more in trials:
+                if _takes(name, {**given, **options, **more}, (5 * multiple * base, 7 * multiple * base)):
                     options |= more
+                    unit = (multiple * base,) * 2 if multiple > 1 else None
                     break
             else:
-                tile = _native_size(name, given)
+                unit, split = _native_size(name, given), True
     return Plan(
         name=name,
         options=options,
@@ -254,7 +267,8 @@ def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
         spread=spread,
         skip=skip,
         channels_last="NHWC" in str(getattr(net, "output_fmt", "")),
-        tile=tile,
+        unit=unit,
+        split=split,
         numerator=scale[0],
         denominator=scale[1],
     )
@@ -281,28 +295,25 @@ def _join(x: Tensor, rows: int, cols: int) -> Tensor:
     return x.reshape(-1, rows, cols, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, rows * h, cols * w)
 
 
-def _is_fixed_size(name: str, kwargs: Mapping[str, Any]) -> bool:
-    return bool(getattr(get_pretrained_cfg(name), "fixed_input_size", False))
-
-
 def _native_size(name: str, kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    size = kwargs.get("img_size") or getattr(get_pretrained_cfg(name), "input_size", (3, 224, 224))[1:]
-    return (size, size) if isinstance(size, int) else tuple(size)
+    size = kwargs.get("img_size") or (get_pretrained_cfg(name) or PretrainedCfg()).input_size[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def _takes(name: str, kwargs: Mapping[str, Any], size: list[int]) -> bool:
+def _takes(name: str, kwargs: Mapping[str, Any], size: tuple[int, int]) -> bool:
     """Whether the architecture, built so, gives every tap at its stride for an input of `size`."""
     try:
-        net = _create(name, kwargs)
-        taps = net.eval()(torch.empty(1, 3, *size, device="meta"))
-        nhwc = "NHWC" in str(getattr(net, "output_fmt", ""))
-        return all(
-            abs(side / r - got) < 1
-            for tap, r in zip(taps, net.feature_info.reduction(), strict=True)
-            for side, got in zip(size, tap.shape[1:3] if nhwc else tap.shape[2:], strict=True)
-        )
-    except Exception:  # what a backbone raises for a size it cannot take has no common type
-        return False
+        net = _create(name, kwargs).eval()
+        taps = net(torch.empty(1, 3, *size, device="meta"))
+    except Exception as error:  # what a backbone raises for a size it cannot take has no common type
+        return "meta tensors" in str(error)  # it got past its size checks to a line that needs values
+    channels_last = "NHWC" in str(getattr(net, "output_fmt", ""))
+    return all(
+        abs(side / reduction - got) < 1
+        for tap, reduction in zip(taps, net.feature_info.reduction(), strict=True)
+        for side, got in zip(size, tap.shape[1:3] if channels_last else tap.shape[2:], strict=True)
+    )
 
 
 def _create(name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights: bool | str | Path = False) -> Any:
@@ -358,24 +369,22 @@ def _check_weights(name: str, kwargs: Mapping[str, Any], path: Path) -> None:
 def parameters_of(encoder: MSAEncoder | TimmEncoder, stages: int) -> list[nn.Parameter]:
     """The parameters that the first `stages` feature maps of the backbone depend on.
 
-    Autograd itself answers, on weightless copies, so that it holds for every architecture.
+    Autograd itself answers, on one small image, so that it holds for every architecture. Leaves `encoder` in eval mode.
 
     Raises:
         EncoderError: the backbone has fewer feature maps.
     """
-    net = _Taps(encoder)
+    net = _Taps(encoder).eval()  # so that the image leaves no trace in batch-norm statistics
     parameters = dict(net.named_parameters())
-    weightless = {name: p.to("meta").requires_grad_(True) for name, p in parameters.items()}
-    weightless |= {name: b.to("meta") for name, b in net.named_buffers()}
-    dtype = next(iter(parameters.values())).dtype
-    image = torch.empty(2, encoder.in_channels, *encoder.frame(64, 64), device="meta", dtype=dtype)
-    taps = torch.func.functional_call(net, weightless, (image,))
+    leaves = {name: p.detach().requires_grad_(True) for name, p in parameters.items()}  # frozen ones take part too
+    image = next(encoder.parameters()).new_zeros(1, encoder.in_channels, *encoder.frame(64, 64))
+    taps = torch.func.functional_call(net, leaves, (image,))
     if not isinstance(stages, int) or not 1 <= stages <= len(taps):
         raise EncoderError(
             f"stages is {stages!r}; this encoder has {len(taps)}: choose 1 to {len(taps)}, or None for all."
         )
     total = torch.stack([tap.sum() for tap in taps[:stages]]).sum()
-    gradients = torch.autograd.grad(total, [weightless[name] for name in parameters], allow_unused=True)
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return [p for p, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None]
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]:
     """Fold, in place, each batch norm of `model` (in eval mode) that directly follows a convolution.
 
-    Which one follows which is not guessed from names: the model runs once on the meta device, and a pair counts if the
+    Which one follows which is not guessed from names: the model runs once on a small image, and a pair counts if the
     convolution used its module's own weight once, and nothing but the batch norm read its output.
 
     Returns:
@@ -46,12 +46,12 @@ def _double(value: Any) -> Any:
 
 
 def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Names of (convolution, batch norm) pairs, as one run without data shows them."""
-    weightless = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    names = {id(t): name for name, t in weightless.items()}
-    dtype = next(model.parameters()).dtype
+    """Names of (convolution, batch norm) pairs, as one run shows them."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    names = {id(t): name for name, t in tensors.items()}
+    image = next(model.parameters()).new_zeros(input_shape)
     with _Recorder() as recorder:
-        torch.func.functional_call(model, weightless, (torch.empty(input_shape, device="meta", dtype=dtype),))
+        model(image)
     reads = Counter(id(t) for _, inputs, _, _ in recorder.calls for t in inputs)
     made_by = {}  # output of a convolution -> name of its module
     pairs = []
@@ -64,7 +64,7 @@ def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, st
         elif "batch_norm" in op and id(inputs[0]) in made_by and reads[id(inputs[0])] == 1:
             statistic = next((names[id(t)] for t in inputs[1:] if names.get(id(t), "").endswith(".running_mean")), "")
             module = statistic.rpartition(".")[0]
-            if module and reads[id(weightless[statistic])] == 1:
+            if module and reads[id(tensors[statistic])] == 1:
                 pairs.append((made_by[id(inputs[0])], module))
     return pairs
 

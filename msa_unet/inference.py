@@ -187,11 +187,11 @@ def to_unit_range(image: Source) -> NDArray[np.float32]:
     if pixels.ndim != 3 or 0 in pixels.shape:
         raise InputError(f"An image is (H, W) or (H, W, C) with at least one pixel, not {pixels.shape}.")
     if pixels.dtype == np.uint8:
-        return np.divide(pixels, 255, dtype=np.float32)
+        return np.asarray(pixels / np.float32(255))
     if pixels.dtype == np.uint16:
         brightest = int(pixels.max())
         depth = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 1 << bits)
-        return np.divide(pixels, (1 << depth) - 1, dtype=np.float32)
+        return np.asarray(pixels / np.float32((1 << depth) - 1))
     if not np.issubdtype(pixels.dtype, np.floating):
         raise InputError(
             f"An image of type {pixels.dtype} has no known range: convert it to uint8, uint16 or floats in [0, 1]."

@@ -148,12 +148,13 @@ class MSAUnet(nn.Module):
         It outlasts `.train()`. Undo with `model.requires_grad_(True)`.
 
         Raises:
-            ConfigError: the backbone has fewer feature maps than `stages`.
+            EncoderError: the backbone has fewer feature maps than `stages`.
         """
+        training = self.training
         frozen = self.backbone.parameters() if stages is None else parameters_of(self.encoder, stages)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        return self.train(self.training)
+        return self.train(training)
 
     def train(self, mode: bool = True) -> "MSAUnet":
         super().train(mode)
