@@ -7,10 +7,11 @@ rewrites the marked blocks of README.md and docs/*.md, and docs/images/accuracy-
 is the reference that the others are compared with, and without any, all that have results are shown, against msa.
 
 An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
-percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. The p
-values of a block are adjusted by Holm's method over all its comparisons; 0.05 or above is "not separable".
+percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
+method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
 
-Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}.
+Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}. Plots
+need matplotlib.
 """
 
 import functools
@@ -72,10 +73,15 @@ def bootstrap(scores: np.ndarray) -> np.ndarray:
     return ((images @ scores) * seeds).sum(1)
 
 
-def p_value(draws: np.ndarray) -> float:
-    """Two-sided: twice the share of draws on the rarer side of 0."""
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided, of (images, 1): twice the share of bootstrap means on the rarer side of 0.
+
+    Never below 2 / 2**images, the least that a sign-flip test can give: of two images that happen to agree, every
+    bootstrap draw has their sign, and that proves nothing.
+    """
+    draws = bootstrap(differences)
     rarer = min((draws <= 0).sum(), (draws >= 0).sum())
-    return float(min(1.0, 2 * (1 + rarer) / (1 + len(draws))))
+    return float(min(1.0, max(2 * (1 + rarer) / (1 + len(draws)), 2.0 ** (1 - len(differences)))))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -96,23 +102,27 @@ def verdict(reference: str, difference: float, p: float) -> str:
     return f"{reference} {'better' if difference > 0 else 'worse'}, p = {p:.4f}"
 
 
+def compare(scores: Scores, reference: str) -> dict[str, tuple[str, str]]:
+    """The reference's Dice minus that of every other variant, and what may be said of it."""
+    seed_means = {variant: of["dice"].mean(1, keepdims=True) for variant, of in scores.items()}
+    differences = {v: seed_means[reference] - mean for v, mean in seed_means.items() if v != reference}
+    adjusted = holm([p_value(d) for d in differences.values()])
+    return {
+        v: (percent(d, "+"), verdict(reference, d.mean(), p))
+        for (v, d), p in zip(differences.items(), adjusted, strict=True)
+    }
+
+
 def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> str:
     """Markdown, one table per setting."""
     reference = variants[0] if variants else "msa"
     settings = collect(results, split, variants)
-    differences = {
-        (setting, variant): scores[reference]["dice"].mean(1, keepdims=True) - of["dice"].mean(1, keepdims=True)
-        for setting, scores in settings.items()
-        if reference in scores
-        for variant, of in scores.items()
-        if variant != reference
-    }
-    adjusted = dict(zip(differences, holm([p_value(bootstrap(d)) for d in differences.values()]), strict=True))
     runs, times = read_runs(results, split), read_times(results.parent)
     parts = []
     for setting, scores in settings.items():
         order = sorted(scores, key=lambda v: (v != reference, variants.index(v) if variants else v))
         metrics = [m for m in METRICS if m in scores[order[0]]]
+        compared = compare(scores, reference) if reference in scores else {}
         lines = [
             ["variant", "seeds", *(METRICS[m] for m in metrics), f"Dice of {reference} minus its", "verdict"]
             + ["M parameters", "GMAC"]
@@ -121,13 +131,9 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
         lines.append(["---"] * len(lines[0]))
         for variant in order:
             of, run = scores[variant], runs[setting, variant]
-            compared = ["", ""]
-            if (setting, variant) in differences:
-                d = differences[setting, variant]
-                compared = [percent(d, "+"), verdict(reference, d.mean(), adjusted[setting, variant])]
             cost = [f"{int(run['parameters']) / 1e6:.2f}", f"{float(run['gmac']):.2f}"]
-            seeds = str(of["dice"].shape[1])
-            lines.append([variant, seeds, *(percent(of[m]) for m in metrics), *compared, *cost, *times[variant]])
+            seeds, means = str(of["dice"].shape[1]), [percent(of[m]) for m in metrics]
+            lines.append([variant, seeds, *means, *compared.get(variant, ("", "")), *cost, *times[variant]])
         data_set, size, epochs = setting
         images, steps = len(scores[order[0]]["dice"]), runs[setting, order[0]]["steps"]
         parts.append(f"{data_set}, {split} split: {images} images, {size}x{size}, {epochs} epochs ({steps} steps)")
@@ -179,7 +185,7 @@ def plot(results: Path, split: str, path: Path) -> None:
 
     mpl.rcParams |= {"svg.hashsalt": "accuracy", "svg.fonttype": "none", "font.size": 8}  # the same file each time
     settings, runs = collect(results, split), read_runs(results, split)
-    heights = [0.5 + 0.2 * len(scores) for scores in settings.values()]
+    heights = [1.0 + 0.2 * len(scores) for scores in settings.values()]
     figure, axes = plt.subplots(
         len(settings), 2, figsize=(9, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
     )
@@ -192,6 +198,8 @@ def plot(results: Path, split: str, path: Path) -> None:
             cost.plot(float(runs[setting, variant]["gmac"]), mean, "o", color=colour)
             cost.annotate(variant, (float(runs[setting, variant]["gmac"]), mean), (4, 2), textcoords="offset points")
         forest.set_yticks(range(len(scores)), sorted(scores, key=lambda v: scores[v]["dice"].mean()))
+        forest.margins(y=0.2)
+        cost.margins(0.15)
         forest.set(xlabel="Dice, %", title="{0}, {1}x{1}, {2} epochs".format(*setting))
         cost.set(xlabel="GMAC per image", ylabel="Dice, %")
     path.parent.mkdir(parents=True, exist_ok=True)
