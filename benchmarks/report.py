@@ -10,8 +10,8 @@ An image's score is the mean over its classes; the tiles of one photograph count
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
 method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
 
-Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}. Plots
-need matplotlib.
+Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}.
+Plots need matplotlib.
 """
 
 import functools
