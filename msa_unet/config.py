@@ -140,11 +140,13 @@ def check_encoder_name(name: object) -> None:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "msa_unet.list_encoders() lists the names."
         raise ConfigError(f"encoder is {_short(name)}, which timm {timm.__version__} does not know: {hint}")
-    if tag and get_pretrained_cfg(name) is None:
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError as error:
         raise ConfigError(
             f"encoder is {_short(name)}, and timm {timm.__version__} has no weights tagged {_short(tag)} for "
             f"{architecture}: timm.list_pretrained({architecture + '.*'!r}) lists the tags."
-        )
+        ) from error
 
 
 def _encoder_statistic(name: str, encoder: str, channels: int) -> tuple[float, ...]:

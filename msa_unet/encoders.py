@@ -153,7 +153,8 @@ class TimmEncoder(nn.Module):
             dense += width
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        # one multiple of the coarsest stride is not enough: batch norm in training needs more than one position
+        # three multiples of the coarsest stride at least: batch norm in training needs more than one position, and the
+        # unpadded convolutions of the Inception family need 75 pixels
         return _frame(height, self.strides[-1]), _frame(width, self.strides[-1])
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -279,7 +280,7 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    return torch.sym_max((side + stride - 1) // stride * stride, 2 * stride)  # type: ignore[return-value]
+    return torch.sym_max((side + stride - 1) // stride * stride, 3 * stride)  # type: ignore[return-value]
 
 
 def _split(x: Tensor, rows: int, cols: int) -> Tensor:

@@ -33,9 +33,8 @@ def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str
             continue
         statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         weight, bias = fuse_conv_bn_weights(*(_double(t) for t in (conv.weight, conv.bias, *statistics)))
-        dtype, trained = conv.weight.dtype, conv.weight.requires_grad
-        conv.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
-        conv.bias = nn.Parameter(bias.to(dtype), requires_grad=trained)
+        dtype = conv.weight.dtype
+        conv.weight, conv.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         model.set_submodule(bn_name, rest)
         folded.append(bn_name)
     return folded

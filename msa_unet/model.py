@@ -130,12 +130,12 @@ class MSAUnet(nn.Module):
 
         The copy is in eval mode, computes the same function to rounding, and is not meant to be trained or saved.
         """
-        fused = copy.deepcopy(self).eval().requires_grad_(False)
+        fused = copy.deepcopy(self).eval()
         fold_batch_norms(fused, (1, self.config.in_channels, *self.encoder.frame(64, 64)))
         for module in fused.modules():
             if isinstance(module, SpatialChannelAttention):
                 module.fuse()
-        return fused
+        return fused.requires_grad_(False)
 
     @property
     def backbone(self) -> nn.Module:
