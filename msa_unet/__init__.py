@@ -4,6 +4,7 @@ from .config import MSAUnetConfig
 from .encoders import list_encoders
 from .errors import CheckpointError, ConfigError, EncoderError, InputError
 from .model import MSAUnet
+from .registry import list_pretrained
 
 __all__ = [
     "CheckpointError",
@@ -13,4 +14,5 @@ __all__ = [
     "MSAUnet",
     "MSAUnetConfig",
     "list_encoders",
+    "list_pretrained",
 ]
