@@ -215,7 +215,7 @@ def from_pretrained(
         model = source if wanted == config else _build(cls, wanted)
     _check(path, source.state_dict(), header)
     if loading.has_tables(model):
-        with loading.weightless(tables=True):
+        with loading.unfilled():
             model = _build(cls, wanted)
     try:
         with safe_open(path, framework="pt") as file:

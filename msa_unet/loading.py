@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -144,8 +144,12 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
-class _SkipFills(TorchFunctionMode):
-    """Filling a tensor without memory does nothing, and on the meta device costs as much as building the network."""
+class unfilled(TorchFunctionMode):
+    """Parameters made inside are not initialised: no random number is drawn, and no page of memory is touched.
+
+    Buffers are. Position indices and rotary tables are computed when a network is built and are in no state dict, so
+    nothing else could ever fill them.
+    """
 
     FILLS = frozenset({
         "normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "erfinv_", "clamp_", "mul_", "add_",  # of tensors
@@ -155,33 +159,25 @@ class _SkipFills(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in self.FILLS:
             target = args[0] if args else (kwargs or {}).get("tensor")
-            if isinstance(target, Tensor) and target.is_meta:
+            if isinstance(target, nn.Parameter) or (isinstance(target, Tensor) and target.is_meta):
                 return target
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def weightless(tables: bool = False) -> Iterator[None]:
-    """Modules built inside have shapes and no memory: nothing is initialised, no random number is drawn.
-
-    Args:
-        tables: give memory and values to everything but parameters. Position indices and rotary tables are computed
-            when a network is built and are in no state dict, so nothing else could ever fill them.
-    """
+def weightless() -> Iterator[None]:
+    """Modules built inside have shapes and no memory at all; one whose parameters do not end is refused."""
     owner, count = threading.get_ident(), 0
 
-    def strip(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def limit(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
-        if parameter is None or threading.get_ident() != owner:  # the hook is global: other threads keep their weights
-            return None
-        count += 1
+        count += threading.get_ident() == owner  # the hook is global, modules of other threads pass it too
         if count > MAX_PARAMETERS:
-            raise CheckpointError(f"The config describes more than {MAX_PARAMETERS} parameters: no known network does.")
-        return None if parameter.is_meta else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            raise ConfigError(f"The config describes more than {MAX_PARAMETERS} parameters: no known network does.")
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(strip)  # type: ignore[arg-type]
+    handle = nn.modules.module.register_module_parameter_registration_hook(limit)
     try:
-        with torch.device("cpu" if tables else "meta"), _SkipFills():
+        with torch.device("meta"), unfilled():
             yield
     finally:
         handle.remove()

@@ -161,7 +161,7 @@ def get_card(name: str) -> PretrainedCard:
     if name in known:
         return known[name]
     by_repo = [card.name for card in known.values() if name in (card.repo_id, card.repo_id.partition("/")[2])]
-    near = by_repo or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = by_repo or difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(map(repr, near))}?" if near else f"the names are {', '.join(known) or 'none yet'}."
     )
