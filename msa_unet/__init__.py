@@ -5,6 +5,7 @@ from .encoders import list_encoders
 from .errors import CheckpointError, ConfigError, EncoderError, InputError
 from .inference import Segmentation, predict
 from .model import MSAUnet
+from .registry import list_pretrained
 
 __all__ = [
     "CheckpointError",
@@ -15,5 +16,6 @@ __all__ = [
     "MSAUnetConfig",
     "Segmentation",
     "list_encoders",
+    "list_pretrained",
     "predict",
 ]

@@ -17,10 +17,13 @@ Attention = Literal["finest", "all", "none"]
 
 MAX_CHANNELS = 8192  # far above any network in use, far below what exhausts memory in one layer
 MAX_CLASSES = 65536  # what a 16-bit label map can hold
+MAX_KWARG = 4096  # some networks build tables in Python loops as long as the square of a size
+MAX_TEXT = 1000
 # arguments of timm's factory that would reach the file system or network, or that this package sets itself
 RESERVED_ENCODER_KWARGS = {
     "cache_dir", "checkpoint_path", "device", "dtype", "feature_cls", "features_only", "in_chans", "num_classes",
-    "out_indices", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args",
+    "exportable", "feature_cfg", "kwargs_filter", "no_jit", "out_indices", "pretrained", "pretrained_cfg",
+    "pretrained_cfg_overlay", "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
 }  # fmt: skip
 
 
@@ -58,9 +61,9 @@ class MSAUnetConfig:
             value = getattr(self, f.name)
             if isinstance(value, list):  # JSON has no tuples
                 object.__setattr__(self, f.name, tuple(value))
-        if self.version != 1:
+        if self.version != 1 or type(self.version) is not int:
             raise ConfigError(
-                f"The config has schema version {self.version!r}, and this release reads version 1: "
+                f"The config has schema version {_short(self.version)}, and this release reads version 1: "
                 "upgrade msa_unet to load it."
             )
         check_encoder_name(self.encoder)
@@ -70,16 +73,17 @@ class MSAUnetConfig:
             for width in _tuple("decoder_channels", self.decoder_channels, int):
                 _integer("decoder_channels", width, MAX_CHANNELS)
         if self.attention not in get_args(Attention):
-            raise ConfigError(f"attention is {self.attention!r}; it must be one of {', '.join(get_args(Attention))}.")
+            choices = ", ".join(get_args(Attention))
+            raise ConfigError(f"attention is {_short(self.attention)}; it must be one of {choices}.")
         if not isinstance(self.antialias, bool):
-            raise ConfigError(f"antialias is {self.antialias!r}; it must be true or false.")
-        _encoder_kwargs(self.encoder_kwargs)
+            raise ConfigError(f"antialias is {_short(self.antialias)}; it must be true or false.")
+        object.__setattr__(self, "encoder_kwargs", _encoder_kwargs(self.encoder_kwargs))
         for name in ("mean", "std"):
             if getattr(self, name) == ():
                 object.__setattr__(self, name, _encoder_statistic(name, self.encoder, self.in_channels))
             values = _tuple(name, getattr(self, name), (int, float), self.in_channels)
-            if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in values):
-                raise ConfigError(f"{name} is {values}; every entry must be finite, and those of std above 0.")
+            if not all(_is_number(v) and (name == "mean" or v > 0) for v in values):
+                raise ConfigError(f"{name} is {_short(values)}; every entry must be finite, and those of std above 0.")
         if self.input_size is not None:
             for side in _tuple("input_size", self.input_size, int, 2):
                 _integer("input_size", side, 1 << 20)
@@ -88,14 +92,17 @@ class MSAUnetConfig:
             object.__setattr__(self, "class_names", tuple(names))
         names = _tuple("class_names", self.class_names, str, self.num_classes)
         if len(set(names)) != self.num_classes:
-            raise ConfigError(f"class_names {names} repeats a name; classes are known by name, so make it unique.")
+            raise ConfigError(f"class_names {_short(names)} repeats a name; classes are known by name: make it unique.")
+        for name in names:
+            _text("class_names", name)
         for name in ("licence", "dataset", "dataset_licence", "weights_sha256"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be text.")
+            _text(name, getattr(self, name))
         if not isinstance(self.metrics, Mapping) or not all(
             isinstance(k, str) and _is_number(v) for k, v in self.metrics.items()
         ):
-            raise ConfigError(f"metrics is {self.metrics!r}; it must map names to numbers.")
+            raise ConfigError(f"metrics is {_short(self.metrics)}; it must map names to numbers.")
+        for name in self.metrics:
+            _text("metrics", name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MSAUnetConfig":
@@ -120,7 +127,7 @@ class MSAUnetConfig:
 def refuse_unknown(kind: str, name: object, known: list[str]) -> None:
     """Raise `ConfigError` for a `name` that is not in `known`, with the nearest known one."""
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
+        near = difflib.get_close_matches(str(name)[:100], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
         raise ConfigError(f"Unknown {kind} {_short(name)}: {hint}")
 
@@ -137,7 +144,7 @@ def check_encoder_name(name: object) -> None:
         raise ConfigError(f"encoder is {_short(name)}; it must be 'msa' or a plain timm name such as 'resnet34'.")
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        near = difflib.get_close_matches(architecture[:100], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "msa_unet.list_encoders() lists the names."
         raise ConfigError(f"encoder is {_short(name)}, which timm {timm.__version__} does not know: {hint}")
     try:
@@ -155,7 +162,8 @@ def _encoder_statistic(name: str, encoder: str, channels: int) -> tuple[float, .
     return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _encoder_kwargs(kwargs: object) -> None:
+def _encoder_kwargs(kwargs: object) -> dict[str, Any]:
+    """`kwargs` as a new dict, checked, with lists as the tuples that timm and a cache key want."""
     if not isinstance(kwargs, Mapping):
         raise ConfigError(f"encoder_kwargs is {_short(kwargs)}; it must map argument names to values.")
     for key, value in kwargs.items():
@@ -165,10 +173,19 @@ def _encoder_kwargs(kwargs: object) -> None:
                 "leave it out (in_channels and encoder_weights are arguments of MSAUnet)."
             )
         flat = value if isinstance(value, (list, tuple)) else (value,)
-        if len(flat) > 64 or not all(v is None or isinstance(v, (bool, str)) or _is_number(v) for v in flat):
+        if len(flat) > 64 or not all(
+            v is None or isinstance(v, (bool, str)) or (_is_number(v) and abs(v) <= MAX_KWARG) for v in flat
+        ):
             raise ConfigError(
-                f"encoder_kwargs[{key!r}] is {_short(value)}; only numbers, text and short lists of them fit."
+                f"encoder_kwargs[{_short(key)}] is {_short(value)}; only text, numbers up to {MAX_KWARG} and short "
+                "lists of them fit."
             )
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise ConfigError(f"{name} is {_short(value)}; it must be one line of text that can be printed as it is.")
 
 
 def _integer(name: str, value: object, most: int) -> None:
@@ -189,10 +206,15 @@ def _tuple(name: str, value: Any, kind: Any, length: int | None = None) -> tuple
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 63
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _short(value: object) -> str:
     """`repr`, cut: a message must not carry a megabyte of somebody's file, nor its escape codes."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -198,17 +198,104 @@ class MSAUnet(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> "MSAUnet":
-        """A trained network from a registry name ("tf_efficientnet_lite0.dsb2018") or a folder of `save_pretrained`."""
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        in_channels: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        map_location: str | torch.device | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "MSAUnet":
+        """A trained network, in eval mode, that says in `load_report` what became of every tensor.
+
+        >>> model = MSAUnet.from_pretrained("tf_efficientnet_lite0.dsb2018")  # doctest: +SKIP
+        >>> model = MSAUnet.from_pretrained("runs/best", class_names=["background", "nucleus"])  # doctest: +SKIP
+
+        Args:
+            name_or_path: looked up in this order: a folder of `save_pretrained`; a name of `list_pretrained()`, from
+                the weights that come along, a checkout's `weights/` or $MSA_UNET_WEIGHTS, else from the Hub's cache,
+                else from the Hub at the revision that the registry pins; "organisation/name" on the Hub.
+            num_classes: another number of classes, named as in a new network unless `class_names` are given.
+            class_names: other classes. Those that the checkpoint has under the same name keep their rows of the head,
+                in the new order; new ones are initialised.
+            in_channels: another number of channels. What reads the image is adapted as timm adapts its stems: weights
+                are summed for one channel, else repeated in turn and rescaled. `config.mean` and `std` follow.
+            dtype: of the weights; None for float32, whatever the file holds.
+            device: where to put them; `map_location` is the same. None for the CPU.
+            revision: branch, tag or commit on the Hub.
+            token: for private repositories, as in huggingface_hub.
+            cache_dir: instead of the Hub's usual cache.
+            local_files_only: never ask the network; HF_HUB_OFFLINE=1 does the same.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it cannot be reached, its sha256 is wrong, it is damaged, or
+                tensors are missing, unexpected or misshapen; all of them are named.
+            ConfigError: its config, or an argument, does not describe a network.
+            EncoderError: the installed timm has no such encoder, or refuses its arguments.
+        """
         from . import hub
 
-        return hub.from_pretrained(cls, name_or_path)
+        if device is not None and map_location is not None:
+            raise ConfigError(f"device={device!r} and map_location={map_location!r} mean the same: give one of them.")
+        return hub.from_pretrained(
+            cls,
+            name_or_path,
+            num_classes=num_classes,
+            class_names=class_names,
+            in_channels=in_channels,
+            dtype=dtype,
+            device=device if map_location is None else map_location,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which `from_pretrained(folder)` reads back bit-identical."""
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write config.json, model.safetensors and a model card (README.md) into `folder`, each whole or not at all.
+
+        `from_pretrained(folder)` reads them back bit-identical, without any download.
+
+        Args:
+            folder: created if absent; files of these three names are replaced, others stay.
+            dtype: to store floating-point weights in, e.g. torch.float16 for half the size; None for what they are.
+
+        Raises:
+            CheckpointError: the disk refuses, or the network was changed into something that its config does not
+                describe (`fuse()` does that).
+        """
         from . import hub
 
-        hub.save_pretrained(self, folder)
+        hub.save_pretrained(self, folder, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str = "Upload an MSA-Unet checkpoint",
+    ) -> str:
+        """Upload what `save_pretrained` writes to "organisation/name" on the Hub, in one commit, and return its id.
+
+        Args:
+            repo_id: created if absent.
+            private: whether a created repository is.
+            token: as in huggingface_hub; None for the one that `hf auth login` stored.
+
+        Raises:
+            CheckpointError: the Hub refuses or does not answer.
+        """
+        from . import hub
+
+        return hub.push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], antialias: bool = True) -> "MSAUnet":

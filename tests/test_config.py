@@ -12,7 +12,7 @@ from msa_unet import ConfigError, MSAUnet, MSAUnetConfig
     [
         MSAUnetConfig(),
         MSAUnetConfig("resnet18", in_channels=1, num_classes=3, class_names=("void", "liver", "tumour")),
-        MSAUnetConfig("vit_tiny_patch16_224.augreg_in21k", encoder_kwargs={"drop_path_rate": 0.1, "img_size": [64, 64]}),
+        MSAUnetConfig("vit_tiny_patch16_224.augreg_in21k", encoder_kwargs={"drop_rate": 0.1, "img_size": [64, 48]}),
         MSAUnetConfig(input_size=(192, 256), metrics={"test_dice": 0.9}, decoder_channels=(8, 16, 32, 64)),
     ],
 )
@@ -47,7 +47,7 @@ def test_defaults_follow_the_encoder():
         ({"encoder": "hf-hub:timm/resnet18"}, "plain timm name"),
         ({"encoder_kwargs": {"pretrained": True}}, "pretrained"),
         ({"encoder_kwargs": {"cache_dir": "/tmp"}}, "cache_dir"),
-        ({"encoder_kwargs": {"a": {"b": 1}}}, "only numbers, text"),
+        ({"encoder_kwargs": {"a": {"b": 1}}}, "only text, numbers"),
         ({"encoder_kwargs": [1]}, "must map argument names"),
         ({"mean": [0.5]}, "3 entries"),
         ({"std": [0.5, 0.5, 0]}, "above 0"),
