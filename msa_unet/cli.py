@@ -14,6 +14,7 @@ from .errors import CheckpointError, ConfigError, EncoderError, InputError
 from .files import replacing
 from .inference import Segmentation, predict, read_image
 from .model import MSAUnet
+from .registry import add_info_parser, add_list_parser
 
 DEFAULT_MODEL = "tf_efficientnet_lite0.dsb2018"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--json", action="store_true", help="print one JSON object per image")
     command.set_defaults(run=run_predict)
+    add_list_parser(commands)
+    add_info_parser(commands)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
