@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--encoder-lr-scale", type=float, default=0.3)
     parser.add_argument("--colour", type=float, default=0.3, help="strength of the colour changes, 0 to 0.5")
+    parser.add_argument("--dataset", default="", help="name of the data for the config; default: the folder's")
+    parser.add_argument("--dataset-licence", default="", help="SPDX identifier, for example CC0-1.0")
+    parser.add_argument("--licence", default="", help="SPDX identifier of the weights, for example apache-2.0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -202,16 +205,19 @@ def main() -> None:
     low, high = bootstrap_interval(dice)
     metrics = {
         "test_dice": round(float(np.mean(dice)), 4),
-        "test_dice_low": round(low, 4),
-        "test_dice_high": round(high, 4),
         "test_iou": round(float(np.mean([row[3] for row in rows])), 4),
-        "validation_dice": round(best, 4),
-        "best_epoch": best_epoch,
-        "training_seconds": round(spent),
     }
-    model.config = replace(model.config, input_size=(args.size, args.size), dataset=args.data.name, metrics=metrics)
+    model.config = replace(
+        model.config,
+        input_size=(args.size, args.size),
+        dataset=args.dataset or args.data.name,
+        dataset_licence=args.dataset_licence,
+        licence=args.licence,
+        metrics=metrics,
+    )
     model.save_pretrained(args.output, dtype=torch.float16)
-    print(json.dumps(metrics, indent=2))
+    print(f"epoch {best_epoch} of {args.epochs}, validation Dice {best:.4f}, {spent:.0f} s of training")
+    print(f"test Dice {np.mean(dice):.4f}, 95 % interval {low:.4f} to {high:.4f}, {len(rows)} scores")
     print("trained with: python examples/finetune.py " + shlex.join(sys.argv[1:]))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 25_000_000  # without tiles; the activations of a larger image do not fit common machines
 # Okabe and Ito's colours, told apart by colour-blind readers; repeated from the start for more classes
 PALETTE = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+    (0, 158, 115), (230, 159, 0), (86, 180, 233), (213, 94, 0), (240, 228, 66), (0, 114, 178), (204, 121, 167),
 )  # fmt: skip
 
 Source = NDArray[Any] | Image.Image | Tensor

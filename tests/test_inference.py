@@ -79,7 +79,7 @@ def test_many_classes(classes):
     assert np.array_equal(result.labels, result.probabilities.argmax(0))
     assert result.foreground == {1: "liver", 2: "tumour"}
     assert set(result.areas()) == {"liver", "tumour"}
-    assert 0 <= result.uncertainty.min()
+    assert result.uncertainty.min() >= 0
     assert result.uncertainty.max() <= 1.0001
 
 
