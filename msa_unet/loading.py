@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 Shapes = Mapping[str, Sequence[int]]
 
 MAX_HEADER = 4 << 20  # bytes; timm's longest network needs a tenth of it
-MAX_PARAMETERS = 1 << 15  # tensors; several times what timm's deepest network has
+MAX_PARAMETERS = 1 << 13  # tensors; several times what timm's deepest network has
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = {"F32": FLOATS[0], "F16": FLOATS[1], "BF16": FLOATS[2], "F64": FLOATS[3], "I64": torch.int64}  # in safetensors
 
