@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_TABLES = 64 << 20  # bytes of position tables that any network may have, beside a multiple of its weights
 ALIGNMENT = 64  # bytes, of the memory that torch allocates
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -215,7 +216,12 @@ def from_pretrained(
         source = _build(cls, config)
         model = source if wanted == config else _build(cls, wanted)
     _check(path, source.state_dict(), header)
-    if loading.has_tables(model):
+    if tables := loading.tables(model):
+        if sum(t.nbytes for t in tables) > MAX_TABLES + 8 * path.stat().st_size:
+            raise ConfigError(
+                f"Encoder {config.encoder!r} with encoder_kwargs {dict(config.encoder_kwargs)} needs tables far larger "
+                f"than the weights in {str(path)!r}: a size in encoder_kwargs is wrong."
+            )
         with loading.unfilled():
             model = _build(cls, wanted)
     try:

@@ -183,9 +183,8 @@ def weightless() -> Iterator[None]:
         handle.remove()
 
 
-def has_tables(model: nn.Module) -> bool:
-    """Whether the network holds tensors that its state dict does not."""
+def tables(model: nn.Module) -> list[Tensor]:
+    """The tensors of a network that its state dict does not hold."""
     persistent = model.state_dict().keys()
-    return any(name not in persistent for name, _ in model.named_buffers()) or any(
-        isinstance(value, Tensor) for module in model.modules() for value in vars(module).values()
-    )
+    found = [buffer for name, buffer in model.named_buffers() if name not in persistent]
+    return found + [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]

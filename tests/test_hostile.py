@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from msa_unet import CheckpointError, ConfigError, EncoderError, MSAUnet, MSAUnetConfig
-from msa_unet.loading import read_header
+from msa_unet.loading import read_header, weightless
 
 PACKAGE = Path(__file__).parents[1] / "msa_unet"
 
@@ -237,6 +237,18 @@ def test_a_tensor_that_is_given_twice(target: fuzz_loading.Target) -> None:
     assert target.load(json.dumps(target.config).encode(), data) == "CheckpointError"
     with pytest.raises(CheckpointError, match="given twice"):
         MSAUnet.from_pretrained(target.folder)
+
+
+def test_small_weights_cannot_ask_for_huge_tables(tmp_path: Path) -> None:
+    """A position table grows with the fourth power of a size in the config, and its weights with the square."""
+    config = MSAUnetConfig("levit_128s", encoder_kwargs={"img_size": 2048})
+    with weightless():
+        shapes = {name: (t.shape, t.dtype) for name, t in MSAUnet.from_config(config).state_dict().items()}
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ConfigError, match="tables far larger"):
+        MSAUnet.from_pretrained(tmp_path)
 
 
 def test_files_of_other_writers_load_too(target: fuzz_loading.Target) -> None:
