@@ -14,7 +14,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, HfApi, ModelCardData, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_TABLES = 64 << 20  # bytes of position tables that any network may have, beside a multiple of its weights
 ALIGNMENT = 64  # bytes, of the memory that torch allocates
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -214,7 +216,12 @@ def from_pretrained(
         source = _build(cls, config)
         model = source if wanted == config else _build(cls, wanted)
     _check(path, source.state_dict(), header)
-    if loading.has_tables(model):
+    if tables := loading.tables(model):
+        if sum(t.nbytes for t in tables) > MAX_TABLES + 8 * path.stat().st_size:
+            raise ConfigError(
+                f"Encoder {config.encoder!r} with encoder_kwargs {dict(config.encoder_kwargs)} needs tables far larger "
+                f"than the weights in {str(path)!r}: a size in encoder_kwargs is wrong."
+            )
         with loading.unfilled():
             model = _build(cls, wanted)
     try:
@@ -281,17 +288,32 @@ def _download(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> Path:
     """A snapshot folder of the Hub's cache with config and weights of one commit, downloaded unless they are there."""
+    keywords: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+
+    def snapshot(revision: str | None, offline: bool) -> Path:
+        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=offline, **keywords))
+        # a branch may move between two requests: the weights come from the commit that the config came from
+        hf_hub_download(repo_id, WEIGHTS, revision=config.parent.name, local_files_only=offline, **keywords)
+        return config.parent
+
     with _hub_errors(repo_id, revision):
-        keywords: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if re.fullmatch("[0-9a-f]{40}", revision or ""):  # cannot have moved, so nobody need be asked
+            with contextlib.suppress(hub_errors.LocalEntryNotFoundError):
+                return snapshot(revision, offline=True)
+        silent: Exception | None = None
+        if not local_files_only:
+            # the download would try for minutes to reach a server that does not answer; this asks once
+            try:
+                url = hf_hub_url(repo_id, CONFIG, revision=revision)
+                get_hf_file_metadata(url, token=token, timeout=hub_constants.HF_HUB_ETAG_TIMEOUT)
+            except Exception as error:  # all other trouble the download meets again, and deals with
+                silent = error if re.search("Timeout|Connect", type(error).__name__) else None
         try:
-            config = Path(hf_hub_download(repo_id, CONFIG, revision=revision, **keywords))
-            # a branch may move between two requests: the weights come from the commit that the config came from
-            hf_hub_download(repo_id, WEIGHTS, revision=config.parent.name, **keywords)
-        except hub_errors.LocalEntryNotFoundError:
-            raise
+            return snapshot(revision, local_files_only or silent is not None)
+        except hub_errors.LocalEntryNotFoundError as error:
+            raise error from silent or error.__cause__
         except hub_errors.EntryNotFoundError as error:
             raise _without_weights(repo_id, HfApi(token=token).list_repo_files(repo_id, revision=revision)) from error
-    return config.parent
 
 
 def _without_weights(place: str, files: Sequence[str]) -> CheckpointError:
@@ -317,7 +339,7 @@ def _hub_errors(repo_id: str, revision: str | None = None) -> Any:
     except (CheckpointError, ConfigError):
         raise
     except hub_errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__ or error.__context__, hub_errors.OfflineModeIsEnabled) or error.__cause__ is None:
+        if error.__cause__ is None or isinstance(error.__cause__, hub_errors.OfflineModeIsEnabled):
             text = f"{where} is not in the cache, and downloads are switched off (local_files_only or HF_HUB_OFFLINE)"
             step = "allow one download, or copy its folder here and load it by path"
         else:

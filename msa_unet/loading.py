@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 Shapes = Mapping[str, Sequence[int]]
 
 MAX_HEADER = 4 << 20  # bytes; timm's longest network needs a tenth of it
-MAX_PARAMETERS = 1 << 15  # tensors; several times what timm's deepest network has
+MAX_PARAMETERS = 1 << 13  # tensors; several times what timm's deepest network has
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = {"F32": FLOATS[0], "F16": FLOATS[1], "BF16": FLOATS[2], "F64": FLOATS[3], "I64": torch.int64}  # in safetensors
 
@@ -183,9 +183,8 @@ def weightless() -> Iterator[None]:
         handle.remove()
 
 
-def has_tables(model: nn.Module) -> bool:
-    """Whether the network holds tensors that its state dict does not."""
+def tables(model: nn.Module) -> list[Tensor]:
+    """The tensors of a network that its state dict does not hold."""
     persistent = model.state_dict().keys()
-    return any(name not in persistent for name, _ in model.named_buffers()) or any(
-        isinstance(value, Tensor) for module in model.modules() for value in vars(module).values()
-    )
+    found = [buffer for name, buffer in model.named_buffers() if name not in persistent]
+    return found + [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]

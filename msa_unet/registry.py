@@ -45,7 +45,8 @@ class PretrainedCard:
         rows = [tuple(row) for row in self.metrics.values()] if isinstance(self.metrics, dict) else [()]
         sides = () if self.input_size is None else tuple(self.input_size)
         valid = (
-            all(isinstance(t, str) and t.isprintable() for t in (*texts, *self.class_names, *self.metrics))
+            isinstance(self.class_names, (list, tuple))
+            and all(isinstance(t, str) and t.isprintable() for t in (*texts, *self.class_names, *self.metrics))
             and re.fullmatch(r"[\w.+-]+", self.name)
             and HUB_ID.fullmatch(self.repo_id)
             and re.fullmatch(r"[0-9a-f]{40}|", self.revision)

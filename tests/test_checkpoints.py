@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msa_unet import CheckpointError, ConfigError, EncoderError, MSAUnet
-from msa_unet.loading import has_tables, sha256_of, weightless
+from msa_unet.loading import sha256_of, tables, weightless
 
 TINY = {"decoder_channels": (4, 8, 12, 16)}  # of the published network
 # one architecture for each way of keeping what a state dict does not: rotary and index tables, tied or flat weights
@@ -168,8 +168,8 @@ def test_other_threads_keep_their_weights_while_one_loads() -> None:
 
 def test_tables_are_told_from_weights() -> None:
     with weightless():
-        assert has_tables(MSAUnet("test_maxvit"))
-        assert not has_tables(MSAUnet("test_resnet"))
+        assert tables(MSAUnet("test_maxvit"))
+        assert not tables(MSAUnet("test_resnet"))
 
 
 # --- strictness
