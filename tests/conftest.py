@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: real data and goldens where they are, quiet single-threaded torch."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT / "benchmarks"))  # for the literal form of the published network
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("monai")
 pytest.importorskip("skimage")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 

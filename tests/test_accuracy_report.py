@@ -1,7 +1,6 @@
 """benchmarks/report.py: statistics against known results, and documents that agree with the numbers they show."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 pytest.importorskip("monai")
 pytest.importorskip("skimage")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 import report
