@@ -340,6 +340,12 @@ def _create(name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights:
         raise EncoderError(
             f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}."
         ) from error
+    except RuntimeError as error:
+        if "features_only not implemented" not in str(error):
+            raise
+        raise EncoderError(
+            f"timm {timm.__version__} gives no feature maps of {name!r}: upgrade timm or choose another encoder."
+        ) from error
 
 
 def _check_weights(name: str, kwargs: Mapping[str, Any], path: Path) -> None:

@@ -35,7 +35,8 @@ def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str
         weight, bias = fuse_conv_bn_weights(*(_double(t) for t in (conv.weight, conv.bias, *statistics)))
         dtype = conv.weight.dtype
         conv.weight, conv.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
-        model.set_submodule(bn_name, rest)
+        parent, _, leaf = bn_name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, rest)
         folded.append(bn_name)
     return folded
 

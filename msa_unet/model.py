@@ -122,7 +122,8 @@ class MSAUnet(nn.Module):
         frame = self.encoder.frame(height, width)
         # one graph for all sizes when compiled; replicated borders exist for any image size, reflected ones do not
         if torch.compiler.is_compiling() or frame != (height, width):
-            x = F.pad(x, (0, frame[1] - width, 0, frame[0] - height), mode="replicate")
+            borders = (0, frame[1] - width, 0, frame[0] - height)
+            x = F.pad(at_least_float32(x), borders, mode="replicate").to(x.dtype)  # not every torch pads half precision
         return self.head(self.decoder(self.encoder(x))), frame
 
     def fuse(self) -> "MSAUnet":
