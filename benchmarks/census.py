@@ -29,7 +29,7 @@ from msa_unet import MSAUnet
 RESULTS = Path(__file__).parent / "results" / "census.csv"
 SIZES = ("native", (250, 190), (33, 47))
 COLUMNS = [
-    "encoder", "module", "timm", "parameters", "reductions", "levels", "tile", "native", "ok_native", "ok_250x190",
+    "encoder", "module", "timm", "parameters", "reductions", "levels", "unit", "native", "ok_native", "ok_250x190",
     "ok_33x47", "backward", "mode", "train_step", "seconds",
 ]  # fmt: skip
 
@@ -56,7 +56,7 @@ def examine(name: str) -> dict[str, object]:
             "parameters": sum(p.numel() for p in model.parameters()),
             "reductions": " ".join(map(str, model.backbone.feature_info.reduction())),
             "levels": " ".join(map(str, plan.levels)),
-            "tile": "x".join(map(str, plan.tile)) if plan.tile else "",
+            "unit": "x".join(map(str, plan.unit)) + (" split" if plan.split else "") if plan.unit else "",
         }
         for column, size in sizes.items():
             row[column] = _check(model, mode, size, backward=False)
@@ -86,7 +86,7 @@ def _check(model: MSAUnet, device: str, size: tuple[int, int], backward: bool) -
 
 
 def train_step(name: str) -> str:
-    """One optimiser step with real tensors; "ok" if the loss and all gradients are finite and a backbone weight moved."""
+    """One real optimiser step; "ok" if the loss and all gradients are finite and a backbone weight moved."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -139,8 +139,10 @@ def main() -> None:
         rows = {name: row for name, row in rows.items() if failures(row) == []}
     names = [name for name in fnmatch.filter(timm.list_models(), args.pattern) if name not in rows]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, spawn, max_tasks_per_child=200) as pool:
-        for future in tqdm(as_completed([pool.submit(examine, n) for n in names]), total=len(names), desc="architectures"):
+    with ProcessPoolExecutor(args.workers, spawn) as pool:
+        for future in tqdm(
+            as_completed([pool.submit(examine, n) for n in names]), total=len(names), desc="architectures"
+        ):
             row = future.result()
             rows[row["encoder"]] = row
             _write(rows)
@@ -160,12 +162,16 @@ def failures(row: dict[str, str]) -> list[str]:
 
 
 def summary(rows: dict[str, dict[str, str]]) -> str:
-    counts = {c: sum(row[c] == "ok" for row in rows.values()) for c in ("ok_native", "ok_250x190", "ok_33x47", "backward")}
+    counts = {
+        c: sum(row[c] == "ok" for row in rows.values()) for c in ("ok_native", "ok_250x190", "ok_33x47", "backward")
+    }
     steps = [row["train_step"] for row in rows.values() if row["train_step"]]
     lines = [f"{len(rows)} architectures of timm {timm.__version__}"]
     lines += [f"  {column:<12}{count}" for column, count in counts.items()]
     lines += [f"  {'train_step':<12}{steps.count('ok')} of {len(steps)} timm modules"]
-    lines += [f"  {n}: {', '.join(f'{c}: {row[c]}' for c in failures(row))}" for n, row in rows.items() if failures(row)]
+    lines += [
+        f"  {n}: {', '.join(f'{c}: {row[c]}' for c in failures(row))}" for n, row in rows.items() if failures(row)
+    ]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from .config import MSAUnetConfig
 from .encoders import list_encoders
 from .errors import CheckpointError, ConfigError, EncoderError, InputError
+from .inference import Segmentation, predict
 from .model import MSAUnet
 from .registry import list_pretrained
 
@@ -13,6 +14,8 @@ __all__ = [
     "InputError",
     "MSAUnet",
     "MSAUnetConfig",
+    "Segmentation",
     "list_encoders",
     "list_pretrained",
+    "predict",
 ]

@@ -39,16 +39,16 @@ class MSAUnetConfig:
     encoder: str = "msa"  # "msa", the published stages, or an architecture name of timm (a `.tag` may follow)
     in_channels: int = 3
     num_classes: int = 1  # 1: sigmoid; 2 or more: softmax, class 0 is the background
-    decoder_channels: tuple[int, ...] | None = None  # width per level, finest first; None for the encoder's default
+    decoder_channels: tuple[int, ...] = ()  # width per level, finest first; empty for the encoder's default
     attention: Attention = "finest"  # which skips pass through attention before the decoder reads them
     antialias: bool = True  # how "msa" shrinks earlier levels; False for checkpoints older than torchvision 0.17
     encoder_kwargs: Mapping[str, Any] = field(default_factory=dict)  # passed to timm, e.g. {"drop_path_rate": 0.1}
     # how images are prepared: scaled to [0, 1] by the range of their type, then (x - mean) / std per channel
-    mean: tuple[float, ...] | None = None  # None for what the encoder's own weights expect
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] = ()  # empty for what the encoder's own weights expect
+    std: tuple[float, ...] = ()
     input_size: tuple[int, int] | None = None  # (H, W) that the weights were trained at, for information
     # what the output means and where the weights come from
-    class_names: tuple[str, ...] | None = None  # one per class; None for "foreground", or "class_0", "class_1", ...
+    class_names: tuple[str, ...] = ()  # one per class; empty for "foreground", or "class_0", "class_1", ...
     licence: str = ""  # of the weights, an SPDX identifier
     dataset: str = ""  # what the weights were trained on
     dataset_licence: str = ""
@@ -69,7 +69,7 @@ class MSAUnetConfig:
         check_encoder_name(self.encoder)
         _integer("in_channels", self.in_channels, MAX_CHANNELS)
         _integer("num_classes", self.num_classes, MAX_CLASSES)
-        if self.decoder_channels is not None:
+        if self.decoder_channels != ():
             for width in _tuple("decoder_channels", self.decoder_channels, int):
                 _integer("decoder_channels", width, MAX_CHANNELS)
         if self.attention not in get_args(Attention):
@@ -79,7 +79,7 @@ class MSAUnetConfig:
             raise ConfigError(f"antialias is {_short(self.antialias)}; it must be true or false.")
         object.__setattr__(self, "encoder_kwargs", _encoder_kwargs(self.encoder_kwargs))
         for name in ("mean", "std"):
-            if getattr(self, name) is None:
+            if getattr(self, name) == ():
                 object.__setattr__(self, name, _encoder_statistic(name, self.encoder, self.in_channels))
             values = _tuple(name, getattr(self, name), (int, float), self.in_channels)
             if not all(_is_number(v) and (name == "mean" or v > 0) for v in values):
@@ -87,7 +87,7 @@ class MSAUnetConfig:
         if self.input_size is not None:
             for side in _tuple("input_size", self.input_size, int, 2):
                 _integer("input_size", side, 1 << 20)
-        if self.class_names is None:
+        if self.class_names == ():
             names = ("foreground",) if self.num_classes == 1 else (f"class_{i}" for i in range(self.num_classes))
             object.__setattr__(self, "class_names", tuple(names))
         names = _tuple("class_names", self.class_names, str, self.num_classes)
@@ -147,11 +147,13 @@ def check_encoder_name(name: object) -> None:
         near = difflib.get_close_matches(architecture[:100], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "msa_unet.list_encoders() lists the names."
         raise ConfigError(f"encoder is {_short(name)}, which timm {timm.__version__} does not know: {hint}")
-    if tag and get_pretrained_cfg(name) is None:
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError as error:
         raise ConfigError(
             f"encoder is {_short(name)}, and timm {timm.__version__} has no weights tagged {_short(tag)} for "
             f"{architecture}: timm.list_pretrained({architecture + '.*'!r}) lists the tags."
-        )
+        ) from error
 
 
 def _encoder_statistic(name: str, encoder: str, channels: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,9 +45,7 @@ class MSAEncoder(nn.Module):
 
     strides = (1, 2, 4, 8, 16)
 
-    def __init__(
-        self, in_channels: int = 3, widths: tuple[int, ...] | None = None, antialias: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int = 3, widths: tuple[int, ...] = (), antialias: bool = True) -> None:
         super().__init__()
         self.widths = widths = widths or (64, 128, 256, 512)
         if len(widths) != 4:
@@ -73,7 +71,7 @@ class MSAEncoder(nn.Module):
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         # four poolings need 16 pixels; nothing else is padded, the resizes make odd sizes meet again
-        return torch.sym_max(height, 16), torch.sym_max(width, 16)
+        return torch.sym_max(height, 16), torch.sym_max(width, 16)  # type: ignore[return-value] # SymInt when traced
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
@@ -93,7 +91,7 @@ class MSAEncoder(nn.Module):
 
     def taps(self, x: Tensor) -> list[Tensor]:
         """The feature maps that `freeze_encoder` counts: here, all of them."""
-        return self(x)
+        return self.forward(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: keep no activations inside the stages."""
@@ -109,7 +107,7 @@ class TimmEncoder(nn.Module):
 
     Args:
         name: a timm architecture, `.tag` allowed.
-        widths: channels per level, finest first; None for the defaults.
+        widths: channels per level, finest first; empty for the defaults.
         weights: False for random, True for timm's own download, or a path to a .safetensors file with the timm model's
             keys.
 
@@ -121,7 +119,7 @@ class TimmEncoder(nn.Module):
         self,
         name: str,
         in_channels: int = 3,
-        widths: tuple[int, ...] | None = None,
+        widths: tuple[int, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         weights: bool | str | Path = False,
     ) -> None:
@@ -138,18 +136,25 @@ class TimmEncoder(nn.Module):
             )
         # taps that are moved to another level are thinned out first: a 1x1 convolution commutes with the resize
         self.project = nn.ModuleList(
-            nn.Conv2d(channels, self.channels[self.strides.index(level)], 1, bias=False) if plan.spread else nn.Identity()
+            nn.Conv2d(channels, self.channels[self.strides.index(level)], 1, bias=False)
+            if plan.spread
+            else nn.Identity()
             for channels, level in zip(plan.channels, plan.levels, strict=True)
         )
         self.fuse = nn.ModuleList()
         dense = 4 * in_channels
         for i, (stride, width) in enumerate(zip(self.strides, self.channels, strict=True)):
-            own = [width if plan.spread else c for c, level in zip(plan.channels, plan.levels, strict=True) if level == stride]
+            own = [
+                width if plan.spread else c
+                for c, level in zip(plan.channels, plan.levels, strict=True)
+                if level == stride
+            ]
             self.fuse.append(nn.Sequential(*conv_bn_relu(dense + sum(own), width, kernel=3 if i == 0 else 1)))
             dense += width
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        # one multiple of the coarsest stride is not enough: batch norm in training needs more than one position
+        # three multiples of the coarsest stride at least: batch norm in training needs more than one position, and the
+        # unpadded convolutions of the Inception family need 75 pixels
         return _frame(height, self.strides[-1]), _frame(width, self.strides[-1])
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -171,26 +176,20 @@ class TimmEncoder(nn.Module):
     def taps(self, x: Tensor) -> list[Tensor]:
         """The backbone's own feature maps, NCHW, finest first, at the strides it produces."""
         plan = self.plan
-        n, height, width = len(x), *x.shape[-2:]
-        if plan.tile:  # a fixed-size backbone sees the frame as a whole number of tiles of its size
-            (rows, th), (cols, tw) = (
-                (torch.sym_max((2 * side * plan.numerator + tile * plan.denominator) // (2 * tile * plan.denominator), 1), tile)
-                for side, tile in zip((height, width), plan.tile, strict=True)
-            )
-            x = resize(x, (rows * th, cols * tw))
-            x = x.unflatten(3, (cols, tw)).unflatten(2, (rows, th))  # (N, C, rows, th, cols, tw)
-            x = x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        rows = cols = 1
+        if plan.unit:  # a backbone that takes only multiples of a size sees the frame resized to the nearest one
+            rows, cols = (plan.units(side, unit) for side, unit in zip(x.shape[2:], plan.unit, strict=True))
+            x = resize(x, (rows * plan.unit[0], cols * plan.unit[1]))
         elif plan.numerator != plan.denominator:  # e.g. patches of 14: shrink by 14/16 and the tokens land on stride 16
-            x = resize(x, tuple(side * plan.numerator // plan.denominator for side in (height, width)))
-        taps = self.backbone(x)
-        taps = [t.permute(0, 3, 1, 2) if plan.channels_last else t for t in taps][plan.skip :]
-        if plan.tile:
-            taps = [t.unflatten(0, (n, rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) for t in taps]
-        return taps
+            x = resize(x, [side * plan.numerator // plan.denominator for side in x.shape[2:]])
+        x = _split(x, rows, cols) if plan.split else x
+        taps = [t.permute(0, 3, 1, 2) if plan.channels_last else t for t in self.backbone(x)][plan.skip :]
+        return [_join(t, rows, cols) for t in taps] if plan.split else taps
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in the backbone, timm's way."""
-        for module in (self.backbone, getattr(self.backbone, "model", None)):
+        backbone: Any = self.backbone
+        for module in (backbone, getattr(backbone, "model", backbone)):
             if hasattr(module, "set_grad_checkpointing"):
                 module.set_grad_checkpointing(enable)
                 return
@@ -211,12 +210,20 @@ class Plan:
     spread: bool  # all taps had one stride and were spread over levels
     skip: int  # leading taps at stride 1 that no level wants
     channels_last: bool  # taps come as NHWC
-    tile: tuple[int, int] | None  # the only input size that works
+    unit: (
+        tuple[int, int] | None
+    )  # what both sides of the input must be multiples of, where a level's stride is not enough
+    split: bool  # the backbone has a fixed size: units are cut apart and go through as a batch
     numerator: int  # the input is scaled by numerator / denominator to bring taps to a power-of-two stride
     denominator: int
 
+    def units(self, side: int, unit: int) -> int:
+        """How many units come nearest to `side` scaled to the backbone's strides."""
+        scaled, whole = side * self.numerator, unit * self.denominator
+        return torch.sym_max((2 * scaled + whole) // (2 * whole), 1)  # type: ignore[return-value] # SymInt when traced
 
-@lru_cache(maxsize=None)
+
+@cache
 def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
     """Find out from the architecture itself, without weights, what `TimmEncoder` must know of it."""
     given = dict(kwargs)
@@ -235,15 +242,24 @@ def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
             reductions = list(net.feature_info.reduction())
             levels = [max(2, int(levels[0] * 2.0 ** (i - count // 2))) for i in range(count)]
         scale = (reductions[-1], _nearest_level(reductions[-1]))
-        tile = None
-        if _is_fixed_size(name, given):
-            frame = [side * max(levels) * scale[0] // scale[1] for side in (6, 10)]
-            for more in ({}, {"dynamic_img_size": True}, {"strict_img_size": False}):
-                if _takes(name, {**given, **options, **more}, frame):
+        cfg = get_pretrained_cfg(name) or PretrainedCfg()
+        unit, split = None, False
+        if (
+            cfg.fixed_input_size or cfg.min_input_size or spread
+        ):  # timm says, or its kind makes likely, that sizes matter
+            base = max(levels) * scale[0] // scale[1]
+            more: dict[str, Any]
+            if cfg.fixed_input_size:
+                trials = [(1, more) for more in ({}, {"dynamic_img_size": True}, {"strict_img_size": False})]
+            else:
+                trials = [(multiple, {}) for multiple in (1, 2, 3, 4, 8)]
+            for multiple, more in trials:
+                if _takes(name, {**given, **options, **more}, (5 * multiple * base, 7 * multiple * base)):
                     options |= more
+                    unit = (multiple * base,) * 2 if multiple > 1 else None
                     break
             else:
-                tile = _native_size(name, given)
+                unit, split = _native_size(name, given), True
     return Plan(
         name=name,
         options=options,
@@ -252,7 +268,8 @@ def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
         spread=spread,
         skip=skip,
         channels_last="NHWC" in str(getattr(net, "output_fmt", "")),
-        tile=tile,
+        unit=unit,
+        split=split,
         numerator=scale[0],
         denominator=scale[1],
     )
@@ -263,62 +280,81 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    return torch.sym_max((side + stride - 1) // stride * stride, 2 * stride)
+    return torch.sym_max((side + stride - 1) // stride * stride, 3 * stride)  # type: ignore[return-value]
 
 
-def _is_fixed_size(name: str, kwargs: Mapping[str, Any]) -> bool:
-    return bool(getattr(get_pretrained_cfg(name), "fixed_input_size", False))
+def _split(x: Tensor, rows: int, cols: int) -> Tensor:
+    """(N, C, rows*h, cols*w) -> (N*rows*cols, C, h, w)."""
+    n, c, height, width = x.shape
+    tiles = x.reshape(n, c, rows, height // rows, cols, width // cols).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(n * rows * cols, c, height // rows, width // cols)
+
+
+def _join(x: Tensor, rows: int, cols: int) -> Tensor:
+    """(N*rows*cols, C, h, w) -> (N, C, rows*h, cols*w), the inverse of `_split`."""
+    c, h, w = x.shape[1:]
+    return x.reshape(-1, rows, cols, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, rows * h, cols * w)
 
 
 def _native_size(name: str, kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    size = kwargs.get("img_size") or getattr(get_pretrained_cfg(name), "input_size", (3, 224, 224))[1:]
-    return (size, size) if isinstance(size, int) else tuple(size)
+    size = kwargs.get("img_size") or (get_pretrained_cfg(name) or PretrainedCfg()).input_size[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def _takes(name: str, kwargs: Mapping[str, Any], size: list[int]) -> bool:
+def _takes(name: str, kwargs: Mapping[str, Any], size: tuple[int, int]) -> bool:
     """Whether the architecture, built so, gives every tap at its stride for an input of `size`."""
     try:
-        net = _create(name, kwargs)
-        taps = net.eval()(torch.empty(1, 3, *size, device="meta"))
-        nhwc = "NHWC" in str(getattr(net, "output_fmt", ""))
-        return all(
-            abs(side / r - got) < 1
-            for tap, r in zip(taps, net.feature_info.reduction(), strict=True)
-            for side, got in zip(size, tap.shape[1:3] if nhwc else tap.shape[2:], strict=True)
-        )
-    except Exception:  # what a backbone raises for a size it cannot take has no common type
-        return False
+        net = _create(name, kwargs).eval()
+        taps = net(torch.empty(1, 3, *size, device="meta"))
+    except Exception as error:  # what a backbone raises for a size it cannot take has no common type
+        return "meta tensors" in str(error)  # it got past its size checks to a line that needs values
+    channels_last = "NHWC" in str(getattr(net, "output_fmt", ""))
+    return all(
+        abs(side / reduction - got) < 1
+        for tap, reduction in zip(taps, net.feature_info.reduction(), strict=True)
+        for side, got in zip(size, tap.shape[1:3] if channels_last else tap.shape[2:], strict=True)
+    )
 
 
-def _create(
-    name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights: bool | str | Path = False
-) -> nn.Module:
-    """timm's feature extractor `name`, with its refusals turned into one typed sentence."""
+def _create(name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights: bool | str | Path = False) -> Any:
+    """Timm's feature extractor `name`, with its refusals turned into one typed sentence."""
     overlay: dict[str, Any] | None = None
     if isinstance(weights, (str, Path)):
         _check_weights(name, kwargs, Path(weights))
         overlay = {"file": str(weights), "custom_load": False}
     elif weights and not getattr(get_pretrained_cfg(name), "has_weights", False):
-        raise EncoderError(f"timm {timm.__version__} has no weights for {name!r}: choose encoder_weights=False or a file.")
+        raise EncoderError(
+            f"timm {timm.__version__} has no weights for {name!r}: choose encoder_weights=False or a file."
+        )
     try:
         return timm.create_model(
-            name, pretrained=bool(weights), pretrained_cfg_overlay=overlay, features_only=True, in_chans=in_channels, **kwargs
+            name,
+            pretrained=bool(weights),
+            pretrained_cfg_overlay=overlay,
+            features_only=True,
+            in_chans=in_channels,
+            **kwargs,
         )
     except TypeError as error:
-        raise EncoderError(f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}.") from error
+        raise EncoderError(
+            f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}."
+        ) from error
 
 
 def _check_weights(name: str, kwargs: Mapping[str, Any], path: Path) -> None:
     """Raise `EncoderError` unless the file holds just the tensors of the timm model `name`, in their shapes."""
     if path.suffix != ".safetensors":
-        raise EncoderError(f"encoder_weights is {str(path)!r}: only .safetensors files are read; save the state dict as one.")
+        raise EncoderError(
+            f"encoder_weights is {str(path)!r}: only .safetensors files are read; save the state dict as one."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise EncoderError(f"encoder_weights {str(path)!r} cannot be read: {error}.") from error
     with torch.device("meta"):
-        model = timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "out_indices"})
+        model: Any = timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "out_indices"})
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
     wanted = shapes(model.state_dict())
@@ -334,22 +370,22 @@ def _check_weights(name: str, kwargs: Mapping[str, Any], path: Path) -> None:
 def parameters_of(encoder: MSAEncoder | TimmEncoder, stages: int) -> list[nn.Parameter]:
     """The parameters that the first `stages` feature maps of the backbone depend on.
 
-    Autograd itself answers, on weightless copies, so that it holds for every architecture.
+    Autograd itself answers, on one small image, so that it holds for every architecture. Leaves `encoder` in eval mode.
 
     Raises:
         EncoderError: the backbone has fewer feature maps.
     """
-    net = _Taps(encoder)
+    net = _Taps(encoder).eval()  # so that the image leaves no trace in batch-norm statistics
     parameters = dict(net.named_parameters())
-    weightless = {name: p.to("meta").requires_grad_(True) for name, p in parameters.items()}
-    weightless |= {name: b.to("meta") for name, b in net.named_buffers()}
-    dtype = next(iter(parameters.values())).dtype
-    image = torch.empty(2, encoder.in_channels, *encoder.frame(64, 64), device="meta", dtype=dtype)
-    taps = torch.func.functional_call(net, weightless, (image,))
+    leaves = {name: p.detach().requires_grad_(True) for name, p in parameters.items()}  # frozen ones take part too
+    image = next(encoder.parameters()).new_zeros(1, encoder.in_channels, *encoder.frame(64, 64))
+    taps = torch.func.functional_call(net, leaves, (image,))
     if not isinstance(stages, int) or not 1 <= stages <= len(taps):
-        raise EncoderError(f"stages is {stages!r}; this encoder has {len(taps)}: choose 1 to {len(taps)}, or None for all.")
+        raise EncoderError(
+            f"stages is {stages!r}; this encoder has {len(taps)}: choose 1 to {len(taps)}, or None for all."
+        )
     total = torch.stack([tap.sum() for tap in taps[:stages]]).sum()
-    gradients = torch.autograd.grad(total, [weightless[name] for name in parameters], allow_unused=True)
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return [p for p, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None]
 
 

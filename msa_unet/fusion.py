@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]:
     """Fold, in place, each batch norm of `model` (in eval mode) that directly follows a convolution.
 
-    Which one follows which is not guessed from names: the model runs once on the meta device, and a pair counts if the
+    Which one follows which is not guessed from names: the model runs once on a small image, and a pair counts if the
     convolution used its module's own weight once, and nothing but the batch norm read its output.
 
     Returns:
@@ -23,7 +23,8 @@ def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str
     """
     folded = []
     for conv_name, bn_name in _pairs(model, input_shape):
-        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+        conv: Any = model.get_submodule(conv_name)
+        bn: Any = model.get_submodule(bn_name)
         if type(bn) is nn.BatchNorm2d:
             rest: nn.Module = nn.Identity()
         elif type(bn) is BatchNormAct2d:
@@ -32,9 +33,8 @@ def fold_batch_norms(model: nn.Module, input_shape: tuple[int, ...]) -> list[str
             continue
         statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         weight, bias = fuse_conv_bn_weights(*(_double(t) for t in (conv.weight, conv.bias, *statistics)))
-        dtype, trained = conv.weight.dtype, conv.weight.requires_grad
-        conv.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
-        conv.bias = nn.Parameter(bias.to(dtype), requires_grad=trained)
+        dtype = conv.weight.dtype
+        conv.weight, conv.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         model.set_submodule(bn_name, rest)
         folded.append(bn_name)
     return folded
@@ -45,12 +45,12 @@ def _double(value: Any) -> Any:
 
 
 def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Names of (convolution, batch norm) pairs, as one run without data shows them."""
-    weightless = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    names = {id(t): name for name, t in weightless.items()}
-    dtype = next(model.parameters()).dtype
+    """Names of (convolution, batch norm) pairs, as one run shows them."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    names = {id(t): name for name, t in tensors.items()}
+    image = next(model.parameters()).new_zeros(input_shape)
     with _Recorder() as recorder:
-        torch.func.functional_call(model, weightless, (torch.empty(input_shape, device="meta", dtype=dtype),))
+        model(image)
     reads = Counter(id(t) for _, inputs, _, _ in recorder.calls for t in inputs)
     made_by = {}  # output of a convolution -> name of its module
     pairs = []
@@ -63,16 +63,16 @@ def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, st
         elif "batch_norm" in op and id(inputs[0]) in made_by and reads[id(inputs[0])] == 1:
             statistic = next((names[id(t)] for t in inputs[1:] if names.get(id(t), "").endswith(".running_mean")), "")
             module = statistic.rpartition(".")[0]
-            if module and reads[id(weightless[statistic])] == 1:
+            if module and reads[id(tensors[statistic])] == 1:
                 pairs.append((made_by[id(inputs[0])], module))
     return pairs
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps every operator call with its tensors, alive, so that their identities stay unique."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[str, list[Tensor], Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

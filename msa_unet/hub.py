@@ -442,7 +442,7 @@ def _adapted_config(
     if class_names is not None:
         changes |= {"class_names": tuple(class_names), "num_classes": num_classes or len(class_names)}
     elif num_classes is not None and num_classes != config.num_classes:
-        changes |= {"class_names": None, "num_classes": num_classes}
+        changes |= {"class_names": (), "num_classes": num_classes}
     if in_channels is not None and in_channels != config.in_channels:
         mean, std = config.mean or (), config.std or ()
         changes["in_channels"] = in_channels

@@ -1,5 +1,7 @@
 """What every part of the network is made of: the convolution block, the bilinear resize, and the safe precision."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def double_conv(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequ
     )
 
 
-def resize(x: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], antialias: bool = False) -> Tensor:
     """Bilinear resize of (N, C, h, w) to `size` = (H, W), half-pixel centres, as torchvision does it."""
     if not antialias:
         return F.interpolate(x, size, mode="bilinear", align_corners=False)

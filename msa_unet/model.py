@@ -38,7 +38,8 @@ class MSAUnet(nn.Module):
         encoder_weights: False for random, True for timm's download, or a path to a .safetensors file with timm's keys.
         encoder_kwargs: passed on to timm, for example {"drop_path_rate": 0.1}.
         decoder_channels: width per level, finest first. "msa" has four (published: 64, 128, 256, 512), and a
-            bottleneck of twice the last; a timm encoder has one per stride 2, 4, 8, ... up to its coarsest.
+            bottleneck of twice the last; a timm encoder has one per stride 2, 4, 8, ... up to its coarsest. Empty for
+            the defaults.
         attention: which skips pass through attention: "finest" (published), "all" or "none".
         antialias: whether "msa" shrinks earlier levels with antialiasing, as image libraries do today, or without, as
             they did when the network was published.
@@ -57,26 +58,28 @@ class MSAUnet(nn.Module):
         num_classes: int = 1,
         encoder_weights: bool | str | Path = False,
         encoder_kwargs: Mapping[str, Any] | None = None,
-        decoder_channels: Sequence[int] | None = None,
+        decoder_channels: Sequence[int] = (),
         attention: Attention = "finest",
         antialias: bool = True,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         config = MSAUnetConfig(
             encoder=encoder,
             in_channels=in_channels,
             num_classes=num_classes,
-            decoder_channels=None if decoder_channels is None else tuple(decoder_channels),
+            decoder_channels=tuple(decoder_channels),
             attention=attention,
             antialias=antialias,
             encoder_kwargs=dict(encoder_kwargs or {}),
-            class_names=None if class_names is None else tuple(class_names),
+            class_names=tuple(class_names),
         )
         self.encoder: MSAEncoder | TimmEncoder
         if encoder == "msa":
             if encoder_weights or encoder_kwargs:
-                raise ConfigError("encoder 'msa' takes no encoder_weights and no encoder_kwargs: it is not a timm model.")
+                raise ConfigError(
+                    "encoder 'msa' takes no encoder_weights and no encoder_kwargs: it is not a timm model."
+                )
             self.encoder = MSAEncoder(in_channels, config.decoder_channels, antialias)
         else:
             self.encoder = TimmEncoder(
@@ -127,12 +130,12 @@ class MSAUnet(nn.Module):
 
         The copy is in eval mode, computes the same function to rounding, and is not meant to be trained or saved.
         """
-        fused = copy.deepcopy(self).eval().requires_grad_(False)
+        fused = copy.deepcopy(self).eval()
         fold_batch_norms(fused, (1, self.config.in_channels, *self.encoder.frame(64, 64)))
         for module in fused.modules():
             if isinstance(module, SpatialChannelAttention):
                 module.fuse()
-        return fused
+        return fused.requires_grad_(False)
 
     @property
     def backbone(self) -> nn.Module:
@@ -145,12 +148,13 @@ class MSAUnet(nn.Module):
         It outlasts `.train()`. Undo with `model.requires_grad_(True)`.
 
         Raises:
-            ConfigError: the backbone has fewer feature maps than `stages`.
+            EncoderError: the backbone has fewer feature maps than `stages`.
         """
+        training = self.training
         frozen = self.backbone.parameters() if stages is None else parameters_of(self.encoder, stages)
         for parameter in frozen:
             parameter.requires_grad_(False)
-        return self.train(self.training)
+        return self.train(training)
 
     def train(self, mode: bool = True) -> "MSAUnet":
         super().train(mode)
@@ -161,7 +165,7 @@ class MSAUnet(nn.Module):
         return self
 
     def param_groups(self, lr: float, encoder_lr_scale: float = 0.1) -> list[dict[str, Any]]:
-        """Optimiser groups: the backbone at `lr * encoder_lr_scale`, everything new at `lr`; frozen parameters left out.
+        """Optimiser groups: the backbone at `lr * encoder_lr_scale`, the rest at `lr`, frozen parameters left out.
 
         >>> optimizer = torch.optim.AdamW(MSAUnet("resnet18").param_groups(1e-3))
         """

@@ -82,14 +82,14 @@ def from_published(cls: type["MSAUnet"], state_dict: Mapping[str, Tensor], antia
             if f"{theirs}.{leaf}" in live:
                 tensor = live[f"{theirs}.{leaf}"]
                 tensors[f"{ours}.{leaf}"] = tensor.flatten(1) if _is_pointwise(theirs, leaf) else tensor
-    votes = live["finalconv.weight"].split([model.encoder.channels[::-1][i] for i in HEAD_ORDER], 1)
+    votes = torch.split(live["finalconv.weight"], [model.encoder.channels[::-1][i] for i in HEAD_ORDER], 1)
     tensors |= {f"head.votes.{i}.weight": vote for i, vote in zip(HEAD_ORDER, votes, strict=True)}
     tensors["head.votes.4.bias"] = live["finalconv.bias"]
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()}, assign=True)
     model.load_report = LoadReport(loaded=list(live), dropped=dead)
     if dead:
         logger.warning(
-            "Dropped %d tensors of attention blocks that the published network builds and never runs (load_report.dropped).",
+            "Dropped %d tensors of attention blocks that the published network never runs (see load_report.dropped).",
             len(dead),
         )
     return model.eval()

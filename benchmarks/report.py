@@ -1,0 +1,222 @@
+"""Tables and plots of the accuracy runs.
+
+    python benchmarks/report.py
+
+rewrites the marked blocks of README.md and docs/*.md, and docs/images/accuracy-{val,test}.svg. A block stands between
+`<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:end -->`: SPLIT is test if left out, the first VARIANT
+is the reference that the others are compared with, and without any, all that have results are shown, against msa.
+
+An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
+percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
+method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
+
+Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}.
+Plots need matplotlib.
+"""
+
+import functools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accuracy import RESULTS, ROOT, TOLERANCE, read
+
+RESAMPLES = 10_000
+SPEED_SIZE = 512
+BLOCK = re.compile(r"(<!-- accuracy:begin(.*?)-->\n).*?(<!-- accuracy:end -->)", re.DOTALL)
+METRICS = {"dice": "Dice", "iou": "IoU", "nsd": f"NSD at {TOLERANCE:g} px", "cldice": "clDice"}
+
+Setting = tuple[str, int, int]  # data set, size, epochs
+Scores = dict[
+    str, dict[str, np.ndarray]
+]  # per variant and metric (images, seeds), images in one order for all variants
+
+
+def collect(results: Path, split: str, variants: Sequence[str] = ()) -> dict[Setting, Scores]:
+    """Scores per setting, of `variants` or of all that have some."""
+    rows: dict[Setting, list[dict[str, str]]] = defaultdict(list)
+    for path in sorted(results.glob("*.csv")):
+        for row in read(path) if path.stem != "runs" else []:
+            if row["split"] == split and (not variants or row["variant"] in variants):
+                rows[path.stem, int(row["size"]), int(row["epochs"])].append(row)
+    return {setting: _matrices(rows[setting]) for setting in sorted(rows)}
+
+
+def _matrices(rows: list[dict[str, str]]) -> Scores:
+    values = defaultdict(list)
+    for row in rows:
+        image = re.sub(r"_r\dc\d$", "", row["image"])
+        for metric in METRICS:
+            if row[metric]:
+                values[row["variant"], metric, int(row["seed"]), image].append(float(row[metric]))
+    columns = sorted({(variant, metric, seed) for variant, metric, seed, _ in values})
+    # an image on which a run had nothing to score, and rightly predicted nothing, is left out for all
+    images = [i for i in sorted({image for *_, image in values}) if all((*c, i) in values for c in columns)]
+    scores: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for variant, metric, seed in columns:
+        scores[variant][metric].append([float(np.mean(values[variant, metric, seed, i])) for i in images])
+    return {variant: {m: np.array(columns).T for m, columns in of.items()} for variant, of in scores.items()}
+
+
+@functools.cache
+def _weights(count: int, seed: int) -> np.ndarray:
+    """How often each of `count` things is drawn, as shares, (RESAMPLES, count)."""
+    return np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+
+
+def bootstrap(scores: np.ndarray) -> np.ndarray:
+    """Means of (images, seeds) when images and seeds are drawn with replacement, (RESAMPLES,)."""
+    images, seeds = (_weights(count, axis) for axis, count in enumerate(scores.shape))
+    return ((images @ scores) * seeds).sum(1)
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided, of (images, 1): twice the share of bootstrap means on the rarer side of 0.
+
+    Never below 2 / 2**images, the least that a sign-flip test can give: of two images that happen to agree, every
+    bootstrap draw has their sign, and that proves nothing.
+    """
+    draws = bootstrap(differences)
+    rarer = min((draws <= 0).sum(), (draws >= 0).sum())
+    return float(min(1.0, max(2 * (1 + rarer) / (1 + len(draws)), 2.0 ** (1 - len(differences)))))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    factors = np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p)[order]))
+    return adjusted.tolist()
+
+
+def verdict(reference: str, difference: float, p: float) -> str:
+    if p >= 0.05:
+        return f"not separable, p = {p:.2f}"
+    return f"{reference} {'better' if difference > 0 else 'worse'}, p = {p:.4f}"
+
+
+def compare(scores: Scores, reference: str) -> dict[str, tuple[str, str]]:
+    """The reference's Dice minus that of every other variant, and what may be said of it."""
+    seed_means = {variant: of["dice"].mean(1, keepdims=True) for variant, of in scores.items()}
+    differences = {v: seed_means[reference] - mean for v, mean in seed_means.items() if v != reference}
+    adjusted = holm([p_value(d) for d in differences.values()])
+    return {
+        v: (percent(d, "+"), verdict(reference, d.mean(), p))
+        for (v, d), p in zip(differences.items(), adjusted, strict=True)
+    }
+
+
+def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> str:
+    """Markdown, one table per setting."""
+    reference = variants[0] if variants else "msa"
+    settings = collect(results, split, variants)
+    runs, times = read_runs(results, split), read_times(results.parent)
+    parts = []
+    for setting, scores in settings.items():
+        order = sorted(scores, key=lambda v: (v != reference, variants.index(v) if variants else v))
+        metrics = [m for m in METRICS if m in scores[order[0]]]
+        compared = compare(scores, reference) if reference in scores else {}
+        lines = [
+            ["variant", "seeds", *(METRICS[m] for m in metrics), f"Dice of {reference} minus its", "verdict"]
+            + ["M parameters", "GMAC"]
+            + [f"{what} at {SPEED_SIZE}x{SPEED_SIZE}, ms" for what in ("train step", "inference")]
+        ]
+        lines.append(["---"] * len(lines[0]))
+        for variant in order:
+            of, run = scores[variant], runs[setting, variant]
+            cost = [f"{int(run['parameters']) / 1e6:.2f}", f"{float(run['gmac']):.2f}"]
+            seeds, means = str(of["dice"].shape[1]), [percent(of[m]) for m in metrics]
+            lines.append([variant, seeds, *means, *compared.get(variant, ("", "")), *cost, *times[variant]])
+        data_set, size, epochs = setting
+        images, steps = len(scores[order[0]]["dice"]), runs[setting, order[0]]["steps"]
+        parts.append(f"{data_set}, {split} split: {images} images, {size}x{size}, {epochs} epochs ({steps} steps)")
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts or ["No results yet."]) + "\n"
+
+
+def percent(scores: np.ndarray, sign: str = "") -> str:
+    """Mean and 95 % interval of (images, seeds), in percent."""
+    low, high = np.percentile(bootstrap(scores), (2.5, 97.5))
+    return f"{100 * scores.mean():{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def read_runs(results: Path, split: str) -> dict[tuple[Setting, str], dict[str, str]]:
+    """What a variant costs, from the last of its runs in a setting."""
+    rows = [row for row in read(results / "runs.csv") if row["split"] == split]
+    return {((row["data_set"], int(row["size"]), int(row["epochs"])), row["variant"]): row for row in rows}
+
+
+def read_times(folder: Path) -> dict[str, tuple[str, str]]:
+    """Milliseconds of a train step and of inference per variant, blank where not measured."""
+    times: dict[str, tuple[str, str]] = defaultdict(lambda: ("", ""))
+    for path in sorted(folder.glob("speed*.json")):
+        for row in json.loads(path.read_text()):
+            if row["size"] == SPEED_SIZE:
+                times[row["variant"]] = (f"{row['train_step_ms']:.0f}", f"{row['inference_ms']:.0f}")
+    return times
+
+
+def rebuild(text: str, results: Path = RESULTS) -> str:
+    """The document with every marked block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        split, *variants = match[2].split() or ["test"]
+        return f"{match[1]}\n{tables(results, split, variants)}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def documents() -> list[Path]:
+    """The files that may have marked blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def plot(results: Path, split: str, path: Path) -> None:
+    """Mean Dice with its interval per variant, and the same over GMAC; a row per setting."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "accuracy", "svg.fonttype": "none", "font.size": 8}  # the same file each time
+    settings, runs = collect(results, split), read_runs(results, split)
+    heights = [1.0 + 0.2 * len(scores) for scores in settings.values()]
+    figure, axes = plt.subplots(
+        len(settings), 2, figsize=(9, sum(heights) + 0.5), squeeze=False, layout="constrained", height_ratios=heights
+    )
+    for (setting, scores), (forest, cost) in zip(settings.items(), axes, strict=True):
+        for y, (variant, of) in enumerate(sorted(scores.items(), key=lambda item: item[1]["dice"].mean())):
+            mean, colour = 100 * of["dice"].mean(), "C3" if variant.startswith("msa") else "C0"
+            low, high = 100 * np.percentile(bootstrap(of["dice"]), (2.5, 97.5))
+            forest.plot([low, high], [y, y], color=colour)
+            forest.plot(mean, y, "o", color=colour)
+            cost.plot(float(runs[setting, variant]["gmac"]), mean, "o", color=colour)
+            cost.annotate(variant, (float(runs[setting, variant]["gmac"]), mean), (4, 2), textcoords="offset points")
+        forest.set_yticks(range(len(scores)), sorted(scores, key=lambda v: scores[v]["dice"].mean()))
+        forest.margins(y=0.2)
+        cost.margins(0.15)
+        forest.set(xlabel="Dice, %", title="{0}, {1}x{1}, {2} epochs".format(*setting))
+        cost.set(xlabel="GMAC per image", ylabel="Dice, %")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    for path in documents():
+        text = path.read_text() if path.exists() else ""
+        if rebuild(text) != text:
+            path.write_text(rebuild(text))
+            print(f"{path.relative_to(ROOT)} rebuilt")
+    for split in ("val", "test"):
+        if collect(RESULTS, split):
+            plot(RESULTS, split, ROOT / "docs" / "images" / f"accuracy-{split}.svg")
+
+
+if __name__ == "__main__":
+    main()
