@@ -101,17 +101,18 @@ def _write_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 def model_card(config: MSAUnetConfig, name: str) -> str:
     """README.md for the Hub: a YAML header that it indexes, and a body in which config values are plain text."""
+    dataset = re.sub(r"[^\w.-]+", "-", config.dataset).strip("-")  # the header has room for an identifier
     results = [
-        EvalResult("image-segmentation", config.dataset, config.dataset, metric_type=metric, metric_value=value)
+        EvalResult("image-segmentation", dataset, config.dataset, metric_type=metric, metric_value=value)
         for metric, value in config.metrics.items()
-        if config.dataset
+        if dataset
     ]
     header = ModelCardData(
         model_name=name,
         library_name="msa-unet",
         pipeline_tag="image-segmentation",
         license=config.licence.lower() or None,
-        datasets=[config.dataset] if config.dataset else None,
+        datasets=[dataset] if dataset else None,
         metrics=list(config.metrics) or None,
         eval_results=results or None,
         tags=["msa-unet", "medical", "image-segmentation", "pytorch"],
