@@ -45,11 +45,10 @@ def name(request):
         pytest.skip(f"timm {timm.__version__} has no {request.param}")
     try:
         make_plan(request.param)
-    except EncoderError as error:
-        assert "features_only" in str(error.__cause__)
-        pytest.skip(str(error))
-    except NotImplementedError as error:
-        pytest.skip(f"torch {torch.__version__} cannot build {request.param} without data: {error}"[:200])
+    except (EncoderError, NotImplementedError) as error:  # no feature maps; no meta kernel in an older torch
+        if timm.__version__ == "1.0.31":
+            raise
+        pytest.skip(str(error)[:200])
     return request.param
 
 
