@@ -210,9 +210,7 @@ class Plan:
     spread: bool  # all taps had one stride and were spread over levels
     skip: int  # leading taps at stride 1 that no level wants
     channels_last: bool  # taps come as NHWC
-    unit: (
-        tuple[int, int] | None
-    )  # what both sides of the input must be multiples of, where a level's stride is not enough
+    unit: tuple[int, int] | None  # (H, W) that the input must be a multiple of, if more than a level's stride
     split: bool  # the backbone has a fixed size: units are cut apart and go through as a batch
     numerator: int  # the input is scaled by numerator / denominator to bring taps to a power-of-two stride
     denominator: int
@@ -244,9 +242,7 @@ def make_plan(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> Plan:
         scale = (reductions[-1], _nearest_level(reductions[-1]))
         cfg = get_pretrained_cfg(name) or PretrainedCfg()
         unit, split = None, False
-        if (
-            cfg.fixed_input_size or cfg.min_input_size or spread
-        ):  # timm says, or its kind makes likely, that sizes matter
+        if cfg.fixed_input_size or cfg.min_input_size or spread:  # timm says, or the kind suggests, that sizes matter
             base = max(levels) * scale[0] // scale[1]
             more: dict[str, Any]
             if cfg.fixed_input_size:

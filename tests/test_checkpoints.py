@@ -166,9 +166,10 @@ def test_other_threads_keep_their_weights_while_one_loads() -> None:
     assert not nn.Linear(4, 4).weight.is_meta
 
 
-def test_tables_are_told_from_weights() -> None:
+@pytest.mark.parametrize("encoder", ["test_maxvit"])
+def test_tables_are_told_from_weights(encoder: str) -> None:
     with weightless():
-        assert tables(MSAUnet("test_maxvit"))
+        assert tables(MSAUnet(encoder))
         assert not tables(MSAUnet("test_resnet"))
 
 
@@ -252,8 +253,9 @@ def test_half_precision_files_are_read_into_float32_unless_asked(saved: tuple[MS
     assert (half[0] / "model.safetensors").stat().st_size < 0.6 * (full[0] / "model.safetensors").stat().st_size
 
 
-def test_tables_follow_dtype_and_device(tmp_path: Path) -> None:
-    MSAUnet("test_maxvit").save_pretrained(tmp_path)
+@pytest.mark.parametrize("encoder", ["test_maxvit"])
+def test_tables_follow_dtype_and_device(encoder: str, tmp_path: Path) -> None:
+    MSAUnet(encoder).save_pretrained(tmp_path)
     loaded = MSAUnet.from_pretrained(tmp_path, dtype=torch.bfloat16, device="meta")
     assert all(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
     assert {t.dtype for t in loaded.buffers() if t.is_floating_point()} == {torch.bfloat16}
