@@ -185,7 +185,7 @@ def mutate_tensors(target: Target, rng: random.Random) -> bytes:
                 torch.int64,
                 torch.int8,
                 torch.bool,
-                torch.complex64,
+                torch.int16,
             ]
             tensors[name] = tensor.to(rng.choice(dtypes))
         elif kind == 4 and tensor.is_floating_point() and tensor.numel():
