@@ -123,7 +123,7 @@ def predict(
         )
     parameter = next(model.parameters())
     x = prepare(pixels, config).to(parameter.device, parameter.dtype)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
@@ -131,7 +131,8 @@ def predict(
             votes = [undo(_probabilities(_logits(model, view, tile))) for view, undo in views]
             probabilities = torch.cat(votes).mean(0).cpu().numpy()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     full = probabilities if len(probabilities) > 1 else np.concatenate([1 - probabilities, probabilities])
     labels = probabilities.argmax(0) if len(probabilities) > 1 else probabilities[0] > threshold
     entropy = -(full * np.log(np.clip(full, 1e-12, None))).sum(0) / np.log(len(full))
