@@ -106,6 +106,8 @@ VARIANTS: dict[str, Build] = {
     "msa": msa(),
     "msa-attention-all": msa(attention="all"),
     "msa-attention-none": msa(attention="none"),
+    "msa-narrow": msa(decoder_channels=(32, 48, 64, 96, 128)),
+    "msa-narrowest": msa(decoder_channels=(24, 32, 48, 64, 96)),
     "unet": peer("Unet"),
     "unetplusplus": peer("UnetPlusPlus"),
     "manet": peer("MAnet"),

@@ -1,6 +1,6 @@
 """Build and run every encoder of the installed timm, at its native size, at 250x190 and at 33x47.
 
-    python benchmarks/census.py                     # everything, about an hour on two cores; resumes where it stopped
+    python benchmarks/census.py                     # everything, about 40 minutes; resumes where it stopped
     python benchmarks/census.py "vit_*" --workers 1
 
 A row per architecture goes to benchmarks/results/census.csv the moment it is known. Each runs forward at the three
