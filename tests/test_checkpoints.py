@@ -397,8 +397,9 @@ except CheckpointError as error:
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_rubbish(saved: tuple[MSAUnet, Path], tmp_path: Path) -> None:
     before = {p.name: p.read_bytes() for p in saved[1].iterdir()}
+    command = [sys.executable, "-B", "-c", DISK_FULL]  # -B: the limit would cut byte code that Python caches as well
     for folder in (saved[1], tmp_path / "new"):
-        out = subprocess.run([sys.executable, "-c", DISK_FULL, folder], capture_output=True, text=True, timeout=60)
+        out = subprocess.run([*command, folder], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert "Saving to" in out.stdout, out.stderr
         assert "unchanged" in out.stdout
     assert {p.name: p.read_bytes() for p in saved[1].iterdir()} == before

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def run(*arguments, **environment):
         *map(str, arguments),
     ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    elsewhere = tempfile.gettempdir()  # in the checkout `-c` would find its package before the installed one
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False, cwd=elsewhere)
 
 
 def bomb(path):
