@@ -276,7 +276,8 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    return torch.sym_max((side + stride - 1) // stride * stride, 3 * stride)  # type: ignore[return-value]
+    whole = (side + stride - 1) // stride * stride
+    return torch.sym_max(whole, 3 * stride)  # type: ignore[return-value] # SymInt when traced
 
 
 def _split(x: Tensor, rows: int, cols: int) -> Tensor:

@@ -69,11 +69,11 @@ def _pairs(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, st
     return pairs
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch gives the mode no types
     """Keeps every operator call with its tensors, alive, so that their identities stay unique."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call] # as above
         self.calls: list[tuple[str, list[Tensor], Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

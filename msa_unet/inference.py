@@ -249,6 +249,7 @@ def _logits(model: "MSAUnet", x: Tensor, tile: int | None) -> Tensor:
         from monai.inferers.utils import sliding_window_inference
     except ImportError as error:
         raise InputError("tile needs MONAI's sliding windows: pip install 'msa-unet[predict]'.") from error
+    # a tensor, since the model returns one; MONAI states the union of all it could be
     logits = sliding_window_inference(x, (tile, tile), 4, model, overlap=0.25, mode="gaussian")  # type: ignore[assignment]
     return logits
 
