@@ -26,7 +26,7 @@ def adapt(tensors: Mapping[str, Tensor], source: "MSAUnet", model: "MSAUnet", re
     Raises:
         ConfigError: a layer of the backbone depends on the channels in a way that has no known adaptation.
     """
-    old_names, names = source.config.class_names or (), model.config.class_names or ()
+    old_names, names = source.config.class_names, model.config.class_names
     kept = [old_names.index(name) if name in old_names else None for name in names]
     same_classes = old_names == names
     old, new = source.config.in_channels, model.config.in_channels

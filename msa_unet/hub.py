@@ -120,7 +120,7 @@ def model_card(config: MSAUnetConfig, name: str) -> str:
     rows = {
         "encoder": config.encoder,
         "input channels": config.in_channels,
-        "classes": ", ".join(config.class_names or ()),
+        "classes": ", ".join(config.class_names),
         "trained on": f"{config.dataset or 'unknown'} ({config.dataset_licence or 'licence unknown'})",
         "licence of the weights": config.licence or "unknown",
         "mean, std": f"{config.mean}, {config.std}",
@@ -445,7 +445,7 @@ def _adapted_config(
     elif num_classes is not None and num_classes != config.num_classes:
         changes |= {"class_names": (), "num_classes": num_classes}
     if in_channels is not None and in_channels != config.in_channels:
-        mean, std = config.mean or (), config.std or ()
+        mean, std = config.mean, config.std
         changes["in_channels"] = in_channels
         if isinstance(in_channels, int) and 0 < in_channels <= MAX_CHANNELS:  # else the config says what is wrong
             spread = [tuple(v[i % len(v)] for i in range(in_channels)) for v in (mean, std)]

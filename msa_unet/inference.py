@@ -136,7 +136,7 @@ def predict(
     full = probabilities if len(probabilities) > 1 else np.concatenate([1 - probabilities, probabilities])
     labels = probabilities.argmax(0) if len(probabilities) > 1 else probabilities[0] > threshold
     entropy = -(full * np.log(np.clip(full, 1e-12, None))).sum(0) / np.log(len(full))
-    picture = pixels if pixels.shape[2] in (1, 3) else pixels[..., :1]
+    picture = pixels[..., : 3 if pixels.shape[2] in (3, 4) else 1]  # without alpha
     return Segmentation(
         labels=labels.astype(np.uint8 if len(full) <= 256 else np.uint16),
         probabilities=probabilities,

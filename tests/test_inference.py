@@ -116,6 +116,8 @@ def test_overlay_and_label_image(classes):
     assert overlay.shape == (40, 50, 3)
     background = result.labels == 0
     assert np.array_equal(overlay[background], COLOUR[background])
+    alpha = predict(classes, np.dstack([COLOUR, GREY]))
+    assert np.array_equal(alpha.image, COLOUR)
     picture = result.label_image()
     assert picture.mode == "P"
     assert np.array_equal(np.asarray(picture), result.labels)
