@@ -32,6 +32,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
+import ablations
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 RUNS = ROOT / "runs" / "accuracy"
 LOCK = Path(tempfile.gettempdir()) / "msa_unet_accuracy.lock"  # one per machine: two trainings would slow each other
 
-BATCH = 8
 LEARNING_RATE = 1e-3
 ENCODER_LR_SCALE = 1.0
 WEIGHT_DECAY = 1e-2
@@ -62,11 +62,16 @@ ENCODER = "tf_efficientnet_lite0"
 Build = Callable[[int, int, Path | None], nn.Module]  # in_channels, num_classes, encoder_weights (None: random)
 
 
-def msa(**options: Any) -> Build:
-    """MSAUnet on the common encoder, with `options` of `MSAUnet`."""
-    return lambda c, k, weights: MSAUnet(
-        ENCODER, in_channels=c, num_classes=k, encoder_weights=weights or False, **options
-    )
+def msa(*changes: Callable[[MSAUnet], MSAUnet], **options: Any) -> Build:
+    """MSAUnet on the common encoder, with `options` of `MSAUnet` and `changes` from ablations.py."""
+
+    def build(c: int, k: int, weights: Path | None) -> nn.Module:
+        model = MSAUnet(ENCODER, in_channels=c, num_classes=k, encoder_weights=weights or False, **options)
+        for change in changes:
+            model = change(model)
+        return model
+
+    return build
 
 
 def peer(name: str) -> Build:
@@ -108,6 +113,16 @@ VARIANTS: dict[str, Build] = {
     "msa-attention-none": msa(attention="none"),
     "msa-narrow": msa(decoder_channels=(32, 48, 64, 96, 128)),
     "msa-narrowest": msa(decoder_channels=(24, 32, 48, 64, 96)),
+    "msa-no-dense": msa(ablations.no_dense),
+    "msa-one-vote": msa(ablations.one_vote),
+    "msa-no-ideas": msa(ablations.no_ideas, attention="none"),
+    "msa-full-resolution": msa(ablations.full_resolution),
+    "msa-separable": msa(ablations.separable),
+    "msa-single-conv": msa(ablations.single_conv),
+    "msa-bilinear": msa(ablations.bilinear),
+    "msa-dysample": msa(ablations.dysample),
+    "msa-group-norm": msa(ablations.group_norm),
+    "msa-bottleneck": msa(ablations.bottleneck),
     "unet": peer("Unet"),
     "unetplusplus": peer("UnetPlusPlus"),
     "manet": peer("MAnet"),
@@ -230,6 +245,7 @@ def train(
     variant: str,
     data: Samples,
     epochs: int,
+    batch: int,
     seed: int,
     weights: Path | None,
     upright: bool,
@@ -249,7 +265,9 @@ def train(
         {"params": [p for p in model.parameters() if id(p) in pretrained], "scale": ENCODER_LR_SCALE},
         {"params": [p for p in model.parameters() if id(p) not in pretrained], "scale": 1.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
     state = {"epoch": 0, "seconds": 0.0}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -257,16 +275,16 @@ def train(
         if state["epoch"] < epochs:
             optimizer.load_state_dict(state["optimizer"])
     augment = augmentation(upright)
-    per_epoch = steps_per_epoch(len(data.stems))
+    per_epoch = steps_per_epoch(len(data.stems), batch)
     model.train()
     for epoch in range(state["epoch"], epochs):
         start = time.perf_counter()
         torch.manual_seed(seed * 10_000 + epoch + 1)  # an epoch depends on nothing before it but the weights
         total = 0.0
-        for i, batch in enumerate(torch.randperm(len(data.stems)).split(BATCH)[:per_epoch]):
+        for i, drawn in enumerate(torch.randperm(len(data.stems)).split(batch)[:per_epoch]):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * group["scale"] * schedule(epoch * per_epoch + i, epochs * per_epoch)
-            pairs = [augment(tv_tensors.Image(data.images[j]), tv_tensors.Mask(data.masks[j])) for j in batch]
+            pairs = [augment(tv_tensors.Image(data.images[j]), tv_tensors.Mask(data.masks[j])) for j in drawn]
             images, masks = (torch.stack(list(side)) for side in zip(*pairs, strict=True))
             loss = loss_of(model, normalise(images), masks.long(), supervision)
             optimizer.zero_grad()
@@ -284,9 +302,9 @@ def train(
     return model, state["seconds"]
 
 
-def steps_per_epoch(images: int) -> int:
+def steps_per_epoch(images: int, batch: int) -> int:
     """Whole batches only: a batch norm over the one image left would be another recipe."""
-    return max(1, images // BATCH)
+    return max(1, images // batch)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -302,7 +320,7 @@ def evaluate(model: nn.Module, data: Samples, thin: bool) -> list[dict[str, obje
     """One row per image and foreground class; classes neither in the mask nor in the prediction have none."""
     model.eval()
     rows = []
-    for batch in torch.arange(len(data.stems)).split(BATCH):
+    for batch in torch.arange(len(data.stems)).split(8):
         logits = model(normalise(data.images[batch]))
         labels = (logits[:, 0] > 0).int() if data.num_classes == 1 else logits.argmax(1)
         for i, label in zip(batch.tolist(), labels.numpy(), strict=True):
@@ -350,7 +368,7 @@ def gmac(model: nn.Module, size: int) -> float:
     return counter.get_total_flops() / 2e9
 
 
-KEY = ("data_set", "split", "size", "epochs", "variant", "seed")  # what makes a run
+KEY = ("data_set", "split", "size", "epochs", "batch", "variant", "seed")  # what makes a run
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -381,22 +399,21 @@ def record(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 def run(key: dict[str, Any], data: Path, weights: Path | None, progress: Callable[[int, float, float], None]) -> None:
     """Train and score one run and write its results."""
-    data_set, split, size, epochs, variant, seed = (key[column] for column in KEY)
+    data_set, split, size, epochs, batch, variant, seed = (key[column] for column in KEY)
     samples = load(data / data_set, "train", size)
-    checkpoint = RUNS / f"{data_set}-{size}-{epochs}-{variant}-{seed}.pt"
-    model, seconds = train(variant, samples, epochs, seed, weights, data_set in UPRIGHT, checkpoint, progress)
+    checkpoint = RUNS / f"{data_set}-{size}-{epochs}-{batch}-{variant}-{seed}.pt"
+    model, seconds = train(variant, samples, epochs, batch, seed, weights, data_set in UPRIGHT, checkpoint, progress)
     rows = evaluate(model, load(data / data_set, split, size), thin=data_set == "chase_db1")
     scored = {column: key[column] for column in KEY if column != "data_set"}
     record(RESULTS / f"{data_set}.csv", [scored | row for row in rows])
-    steps = epochs * steps_per_epoch(len(samples.stems))
+    steps = epochs * steps_per_epoch(len(samples.stems), batch)
     summary = {
         "dice": round(float(np.mean([row["dice"] for row in rows])), 5) if rows else "",  # for a first look
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmac": round(gmac(model, size), 4),
         "steps": steps,
-        "batch": BATCH,
         "seconds": round(seconds, 1),
-        "images_per_second": round(steps * BATCH / seconds, 2),
+        "images_per_second": round(steps * batch / seconds, 2),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -420,6 +437,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="choose on val; score test once")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--encoder-weights", type=Path, default=ROOT / "runs" / "imagenet" / f"{ENCODER}.safetensors")
@@ -443,14 +461,16 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     done = {key_of(row) for row in read(RESULTS / "runs.csv")}
+    common = {column: getattr(args, column) for column in ("split", "size", "epochs", "batch")}
     keys = [
-        {"data_set": d, "split": args.split, "size": args.size, "epochs": args.epochs, "variant": v, "seed": s}
+        {"data_set": d} | common | {"variant": v, "seed": s}
         for s, d, v in product(args.seeds, args.data_set, args.variants)  # a seed is complete before the next begins
     ]
     todo = [key for key in keys if key_of(key) not in done]
     print(f"{len(keys) - len(todo)} of {len(keys)} runs are done", flush=True)
     images = [
-        args.epochs * BATCH * steps_per_epoch(len(read_splits(args.data / key["data_set"])["train"])) for key in todo
+        args.epochs * args.batch * steps_per_epoch(len(read_splits(args.data / key["data_set"])["train"]), args.batch)
+        for key in todo
     ]
     for n, key in enumerate(todo):
         title = f"[{n + 1}/{len(todo)}] {key['data_set']} {key['variant']} seed {key['seed']}"

@@ -29,7 +29,7 @@ SPEED_SIZE = 512
 BLOCK = re.compile(r"(<!-- accuracy:begin(.*?)-->\n).*?(<!-- accuracy:end -->)", re.DOTALL)
 METRICS = {"dice": "Dice", "iou": "IoU", "nsd": f"NSD at {TOLERANCE:g} px", "cldice": "clDice"}
 
-Setting = tuple[str, int, int]  # data set, size, epochs
+Setting = tuple[str, int, int, int]  # data set, size, epochs, batch
 Scores = dict[
     str, dict[str, np.ndarray]
 ]  # per variant and metric (images, seeds), images in one order for all variants
@@ -41,7 +41,7 @@ def collect(results: Path, split: str, variants: Sequence[str] = ()) -> dict[Set
     for path in sorted(results.glob("*.csv")):
         for row in read(path) if path.stem != "runs" else []:
             if row["split"] == split and (not variants or row["variant"] in variants):
-                rows[path.stem, int(row["size"]), int(row["epochs"])].append(row)
+                rows[setting_of(path.stem, row)].append(row)
     return {setting: _matrices(rows[setting]) for setting in sorted(rows)}
 
 
@@ -134,9 +134,11 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
             cost = [f"{int(run['parameters']) / 1e6:.2f}", f"{float(run['gmac']):.2f}"]
             seeds, means = str(of["dice"].shape[1]), [percent(of[m]) for m in metrics]
             lines.append([variant, seeds, *means, *compared.get(variant, ("", "")), *cost, *times[variant]])
-        data_set, size, epochs = setting
+        data_set, size, epochs, batch = setting
         images, steps = len(scores[order[0]]["dice"]), runs[setting, order[0]]["steps"]
-        parts.append(f"{data_set}, {split} split: {images} images, {size}x{size}, {epochs} epochs ({steps} steps)")
+        parts.append(
+            f"{data_set}, {split} split: {images} images, {size}x{size}, {epochs} epochs ({steps} steps of {batch})"
+        )
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts or ["No results yet."]) + "\n"
 
@@ -150,7 +152,11 @@ def percent(scores: np.ndarray, sign: str = "") -> str:
 def read_runs(results: Path, split: str) -> dict[tuple[Setting, str], dict[str, str]]:
     """What a variant costs, from the last of its runs in a setting."""
     rows = [row for row in read(results / "runs.csv") if row["split"] == split]
-    return {((row["data_set"], int(row["size"]), int(row["epochs"])), row["variant"]): row for row in rows}
+    return {(setting_of(row["data_set"], row), row["variant"]): row for row in rows}
+
+
+def setting_of(data_set: str, row: dict[str, str]) -> Setting:
+    return data_set, int(row["size"]), int(row["epochs"]), int(row["batch"])
 
 
 def read_times(folder: Path) -> dict[str, tuple[str, str]]:
@@ -200,7 +206,7 @@ def plot(results: Path, split: str, path: Path) -> None:
         forest.set_yticks(range(len(scores)), sorted(scores, key=lambda v: scores[v]["dice"].mean()))
         forest.margins(y=0.2)
         cost.margins(0.15)
-        forest.set(xlabel="Dice, %", title="{0}, {1}x{1}, {2} epochs".format(*setting))
+        forest.set(xlabel="Dice, %", title="{0}, {1}x{1}, {2} epochs, batch {3}".format(*setting))
         cost.set(xlabel="GMAC per image", ylabel="Dice, %")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

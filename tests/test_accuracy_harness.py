@@ -162,7 +162,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_tiny")
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(folder: Path, tmp_path: Path):
     data = accuracy.load(folder, "train", 32)
-    arguments = ("tiny+mutation", data, 4, 1, None, False)
+    arguments = ("tiny+mutation", data, 4, 8, 1, None, False)
 
     def killed(epoch: int, loss: float, seconds: float) -> None:
         if epoch == 2:
@@ -213,7 +213,7 @@ def test_runs_are_recorded_once_and_not_trained_again(
 
 
 def test_what_a_killed_run_left_in_the_scores_is_replaced(tmp_path: Path):
-    row = {"split": "val", "size": 32, "epochs": 1, "variant": "msa", "seed": 0, "image": "a", "dice": 0.1}
+    row = {"split": "val", "size": 32, "epochs": 1, "batch": 8, "variant": "msa", "seed": 0, "image": "a", "dice": 0.1}
     accuracy.record(tmp_path / "x.csv", [row, row | {"image": "b"}])
     accuracy.record(tmp_path / "x.csv", [row | {"seed": 1}])
     accuracy.record(tmp_path / "x.csv", [row | {"dice": 0.2}])

@@ -63,7 +63,7 @@ def results(tmp_path: Path) -> Path:
     base = dict(zip(images, rng.uniform(0.7, 0.9, len(images)), strict=True))
     for variant, offset in {"msa": 0, "unet": -0.05, "manet": 0.001}.items():
         for seed in (0, 1):
-            key = {"split": "test", "size": 64, "epochs": 2, "variant": variant, "seed": seed}
+            key = {"split": "test", "size": 64, "epochs": 2, "batch": 8, "variant": variant, "seed": seed}
             scores = [
                 {"image": i, "class": "x", "dice": round(base[i] + offset + rng.normal(0, 0.01), 5)} for i in images
             ]
@@ -79,7 +79,7 @@ def results(tmp_path: Path) -> Path:
 def test_tables(results: Path):
     text = report.rebuild("a\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nb\n", results)
     assert text.startswith(
-        "a\n<!-- accuracy:begin -->\n\nsquares, test split: 31 images, 64x64, 2 epochs (20 steps)\n\n"
+        "a\n<!-- accuracy:begin -->\n\nsquares, test split: 31 images, 64x64, 2 epochs (20 steps of 8)\n\n"
     )
     assert text.endswith("\n\n<!-- accuracy:end -->\nb\n")
     assert report.rebuild(text, results) == text

@@ -1,0 +1,174 @@
+"""MSA-Unet with one thing changed, for the ablation of its design; `accuracy.py` trains them as `msa-<name>`.
+
+Each function changes a network made by `MSAUnet(<timm encoder>)` in place, before it is trained, and returns it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msa_unet import MSAUnet
+from msa_unet.encoders import TimmEncoder
+from msa_unet.layers import conv_bn_relu, resize
+from msa_unet.model import Decoder, VotingHead
+
+
+class SparseEncoder(TimmEncoder):
+    """Every level sees its own tap and the next finer level only; the finest still sees the image."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        own: dict[int, list[Tensor]] = {stride: [] for stride in self.strides}
+        for tap, level in zip(self.taps(x), self.plan.levels, strict=True):
+            own[level].append(tap)
+        own[self.strides[0]].append(F.pixel_unshuffle(x, 2))
+        return [fuse(torch.cat(own[stride], 1)) for stride, fuse in zip(self.strides, self.fuse, strict=True)]
+
+
+def no_dense(model: MSAUnet) -> MSAUnet:
+    """Dense fusion off: a level is a 1x1 convolution of its own tap, as in an ordinary U-Net with equal widths."""
+    encoder = model.encoder
+    inputs = [0] * len(encoder.strides)
+    for channels, level in zip(encoder.plan.channels, encoder.plan.levels, strict=True):
+        inputs[encoder.strides.index(level)] += channels
+    inputs[0] += 4 * encoder.in_channels
+    encoder.fuse = nn.ModuleList(
+        nn.Sequential(*conv_bn_relu(c, width, kernel=3 if i == 0 else 1))
+        for i, (c, width) in enumerate(zip(inputs, encoder.channels, strict=True))
+    )
+    encoder.__class__ = SparseEncoder
+    return model
+
+
+class FinestVote(nn.Module):
+    """The last level's vote is the output, as in an ordinary U-Net."""
+
+    def __init__(self, head: VotingHead) -> None:
+        super().__init__()
+        self.vote, self.shuffle = head.votes[-1], head.shuffle
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        return [self.shuffle(self.vote(outputs[-1]))]
+
+
+def one_vote(model: MSAUnet) -> MSAUnet:
+    """Per-level head off."""
+    model.head = FinestVote(model.head)
+    return model
+
+
+def no_ideas(model: MSAUnet) -> MSAUnet:
+    """None of the three ideas: the attention is left out by `MSAUnet(attention="none")`."""
+    return one_vote(no_dense(model))
+
+
+class FullResolutionEncoder(TimmEncoder):
+    """A level more, at full resolution, from the image alone; the others as they are."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.stem(x), *super().forward(x)]
+
+
+def full_resolution(model: MSAUnet) -> MSAUnet:
+    """A stem and a decoder level of 16 channels at full resolution, and no sub-pixel votes."""
+    encoder, config = model.encoder, model.config
+    encoder.stem = nn.Sequential(*conv_bn_relu(config.in_channels, 16))
+    channels = (16, *encoder.channels)
+    model.decoder = Decoder(channels, config.attention)
+    model.head = VotingHead(channels, config.num_classes, subpixels=1)
+    encoder.__class__ = FullResolutionEncoder
+    return model
+
+
+def separable(model: MSAUnet) -> MSAUnet:
+    """Depthwise-separable convolutions in all decoder blocks but those of the finest level."""
+    for block in list(model.decoder.blocks)[1:]:
+        for i in (0, 3):
+            conv = block[i]
+            block[i] = nn.Sequential(
+                nn.Conv2d(conv.in_channels, conv.in_channels, 3, padding=1, groups=conv.in_channels, bias=False),
+                nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=False),
+            )
+    return model
+
+
+def single_conv(model: MSAUnet) -> MSAUnet:
+    """One convolution instead of two in the finest decoder block."""
+    model.decoder.blocks[0] = model.decoder.blocks[0][:3]
+    return model
+
+
+class Bilinear(nn.Module):
+    """1x1 convolution, then twice the size."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resize(self.conv(x), [2 * side for side in x.shape[2:]])
+
+
+class DySample(nn.Module):
+    """1x1 convolution, then twice the size by sampling at learned offsets.
+
+    Source: Liu et al., Learning to Upsample by Learning to Sample, ICCV 2023 (arXiv 2308.15085): the linear + pixel
+    shuffle form with a static scope of 0.25 and four groups.
+    """
+
+    groups = 4
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.offset = nn.Conv2d(out_channels, 2 * 4 * self.groups, 1)
+        nn.init.normal_(self.offset.weight, std=0.001)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        offset = F.pixel_shuffle(self.offset(x) * 0.25, 2)  # (N, 2 * groups, 2h, 2w), in pixels of x
+        offset = offset.view(n * self.groups, 2, 2 * h, 2 * w).movedim(1, -1)
+        ys, xs = ((torch.arange(2 * side, device=x.device, dtype=x.dtype) + 0.5) / 2 for side in (h, w))
+        place = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1) + offset
+        grid = 2 * place / torch.tensor([w, h], device=x.device, dtype=x.dtype) - 1
+        x = x.contiguous().view(n * self.groups, c // self.groups, h, w)
+        sampled = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.view(n, c, 2 * h, 2 * w).contiguous(memory_format=torch.channels_last)
+
+
+def _upsample_by(model: MSAUnet, kind: type[nn.Module]) -> MSAUnet:
+    model.decoder.ups = nn.ModuleList(kind(up.in_channels, up.out_channels) for up in model.decoder.ups)
+    return model
+
+
+def bilinear(model: MSAUnet) -> MSAUnet:
+    """Bilinear upsampling instead of transposed convolutions."""
+    return _upsample_by(model, Bilinear)
+
+
+def dysample(model: MSAUnet) -> MSAUnet:
+    """DySample instead of transposed convolutions."""
+    return _upsample_by(model, DySample)
+
+
+def group_norm(model: MSAUnet) -> MSAUnet:
+    """Group norm of 8 groups instead of batch norm everywhere but in the backbone."""
+    for part in (model.encoder.fuse, model.decoder.blocks):
+        for block in part:
+            for i, layer in enumerate(block):
+                if isinstance(layer, nn.BatchNorm2d):
+                    block[i] = nn.GroupNorm(8, layer.num_features)
+    return model
+
+
+def bottleneck(model: MSAUnet) -> MSAUnet:
+    """The published bottleneck at the coarsest level: depthwise 3x3, pointwise, 3x3."""
+    c = model.encoder.channels[-1]
+    model.encoder.fuse[-1] = nn.Sequential(
+        *model.encoder.fuse[-1],
+        nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False),
+        *conv_bn_relu(c, c, kernel=1),
+        *conv_bn_relu(c, c),
+    )
+    return model
