@@ -3,14 +3,18 @@
 Each function changes a network made by `MSAUnet(<timm encoder>)` in place, before it is trained, and returns it.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msa_unet import MSAUnet
 from msa_unet.encoders import TimmEncoder
-from msa_unet.layers import conv_bn_relu, resize
+from msa_unet.layers import conv_bn_relu, double_conv, resize
 from msa_unet.model import Decoder, VotingHead
+
+Change = Callable[[MSAUnet], MSAUnet]
 
 
 class SparseEncoder(TimmEncoder):
@@ -79,21 +83,57 @@ def full_resolution(model: MSAUnet) -> MSAUnet:
     return model
 
 
-def separable(model: MSAUnet) -> MSAUnet:
-    """Depthwise-separable convolutions in all decoder blocks but those of the finest level."""
-    for block in list(model.decoder.blocks)[1:]:
-        for i in (0, 3):
-            conv = block[i]
-            block[i] = nn.Sequential(
-                nn.Conv2d(conv.in_channels, conv.in_channels, 3, padding=1, groups=conv.in_channels, bias=False),
-                nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=False),
-            )
-    return model
+def separable(conv: nn.Conv2d) -> nn.Sequential:
+    """Depthwise 3x3 and pointwise in place of a full convolution."""
+    c = conv.in_channels
+    return nn.Sequential(
+        nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False), nn.Conv2d(c, conv.out_channels, 1, bias=False)
+    )
+
+
+def separable_decoder(first: int, second: int) -> Change:
+    """Depthwise-separable convolutions in the decoder blocks from level `first` (`second`) on, for the first (second)
+    convolution of each block; 0 is the finest level.
+    """
+
+    def change(model: MSAUnet) -> MSAUnet:
+        for i, block in enumerate(model.decoder.blocks):
+            for start, layer in ((first, 0), (second, 3)):
+                if i >= start:
+                    block[layer] = separable(block[layer])
+        return model
+
+    return change
 
 
 def single_conv(model: MSAUnet) -> MSAUnet:
     """One convolution instead of two in the finest decoder block."""
     model.decoder.blocks[0] = model.decoder.blocks[0][:3]
+    return model
+
+
+class Adding(nn.Module):
+    """A decoder block that adds its two inputs, which come concatenated."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = double_conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip, up = x.chunk(2, 1)
+        return self.block(skip + up)
+
+
+def added_skip(model: MSAUnet) -> MSAUnet:
+    """The finest skip is added, not concatenated."""
+    model.decoder.blocks[0] = Adding(model.encoder.channels[0])
+    return model
+
+
+def pointwise_stem(model: MSAUnet) -> MSAUnet:
+    """The finest level is fused by a 1x1 convolution, as the others are."""
+    finest = model.encoder.fuse[0][0]
+    model.encoder.fuse[0] = nn.Sequential(*conv_bn_relu(finest.in_channels, finest.out_channels, kernel=1))
     return model
 
 

@@ -62,7 +62,7 @@ ENCODER = "tf_efficientnet_lite0"
 Build = Callable[[int, int, Path | None], nn.Module]  # in_channels, num_classes, encoder_weights (None: random)
 
 
-def msa(*changes: Callable[[MSAUnet], MSAUnet], **options: Any) -> Build:
+def msa(*changes: ablations.Change, **options: Any) -> Build:
     """MSAUnet on the common encoder, with `options` of `MSAUnet` and `changes` from ablations.py."""
 
     def build(c: int, k: int, weights: Path | None) -> nn.Module:
@@ -117,7 +117,13 @@ VARIANTS: dict[str, Build] = {
     "msa-one-vote": msa(ablations.one_vote),
     "msa-no-ideas": msa(ablations.no_ideas, attention="none"),
     "msa-full-resolution": msa(ablations.full_resolution),
-    "msa-separable": msa(ablations.separable),
+    "msa-separable": msa(ablations.separable_decoder(1, 1)),
+    "msa-separable-first": msa(ablations.separable_decoder(0, 5)),
+    "msa-separable-but-last": msa(ablations.separable_decoder(0, 1)),
+    "msa-separable-all": msa(ablations.separable_decoder(0, 0)),
+    "msa-separable-added": msa(ablations.separable_decoder(1, 1), ablations.added_skip),
+    "msa-added": msa(ablations.added_skip),
+    "msa-pointwise-stem": msa(ablations.pointwise_stem),
     "msa-single-conv": msa(ablations.single_conv),
     "msa-bilinear": msa(ablations.bilinear),
     "msa-dysample": msa(ablations.dysample),

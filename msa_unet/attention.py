@@ -1,25 +1,10 @@
 """The spatial-channel attention of MSA-Unet, applied to a skip before the decoder reads it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import at_least_float32
-
-
-class ContextPool(nn.Module):
-    """Softmax-weighted mean over all positions, (N, C, H, W) -> (N, C); one 1x1 convolution scores the positions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.score = nn.Conv2d(channels, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = at_least_float32(self.score(x).flatten(2)).softmax(-1)  # (N, 1, HW)
-        # at 512x512 one weight is near 4e-6, below what float16 resolves: the sum stays in float32 under autocast too
-        device = "cpu" if x.is_meta else x.device.type  # meta tensors know no autocast
-        with torch.autocast(device, enabled=False):
-            positions = at_least_float32(x).flatten(2).transpose(1, 2)  # (N, HW, C)
-            return (weights.to(positions.dtype) @ positions).squeeze(1).to(x.dtype)
 
 
 class SpatialChannelAttention(nn.Module):
@@ -27,7 +12,7 @@ class SpatialChannelAttention(nn.Module):
 
     The output is S + (wide(P1(x)) + narrow(P2(x))) * x: a spatial gate S in (0, 1) is *added* to the features, which
     two channel paths rescale, a wide one that ends in a sigmoid and a narrow one that does not, each behind a context
-    pooling of its own.
+    pooling P of its own, a softmax-weighted mean over all positions.
 
     Source: MSA-Unet (Guo and Wang, 2023).
     """
@@ -36,7 +21,7 @@ class SpatialChannelAttention(nn.Module):
         super().__init__()
         c, eighth, sixteenth = channels, max(1, channels // 8), max(1, channels // 16)
         self.spatial = nn.Conv2d(c, 1, 1)
-        self.wide_pool = ContextPool(c)
+        self.wide_pool = nn.Conv2d(c, 1, 1)  # scores the positions
         self.wide = nn.Sequential(
             nn.Linear(c, 8 * c),
             nn.Linear(8 * c, 16 * c),
@@ -45,7 +30,7 @@ class SpatialChannelAttention(nn.Module):
             nn.Linear(8 * c, c),
             nn.Sigmoid(),
         )
-        self.narrow_pool = ContextPool(c)
+        self.narrow_pool = nn.Conv2d(c, 1, 1)
         self.narrow = nn.Sequential(
             nn.Linear(c, eighth),
             nn.Linear(eighth, sixteenth),
@@ -55,9 +40,17 @@ class SpatialChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        s = at_least_float32(self.spatial(x))  # (N, 1, H, W)
-        gate = torch.sigmoid(s.mean(3, keepdim=True) * s.mean(2, keepdim=True))
-        scale = self.wide(self.wide_pool(x)) + self.narrow(self.narrow_pool(x))  # (N, C)
+        maps = (self.spatial, self.wide_pool, self.narrow_pool)
+        # in one convolution, since reading x is what costs
+        maps = F.conv2d(x, torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))  # (N, 3, H, W)
+        s, scores = at_least_float32(maps).tensor_split([1], 1)
+        gate = torch.sigmoid(s.mean(3, keepdim=True) * s.mean(2, keepdim=True))  # (N, 1, H, W)
+        # at 512x512 one weight is near 4e-6, below what float16 resolves: the sum stays in float32 under autocast too
+        device = "cpu" if x.is_meta else x.device.type  # meta tensors know no autocast
+        with torch.autocast(device, enabled=False):
+            positions = at_least_float32(x).flatten(2).transpose(1, 2)  # (N, HW, C)
+            pooled = (scores.flatten(2).softmax(-1) @ positions).to(x.dtype)  # (N, 2, C)
+        scale = self.wide(pooled[:, 0]) + self.narrow(pooled[:, 1])  # (N, C)
         return torch.addcmul(gate.to(x.dtype), scale.to(x.dtype)[:, :, None, None], x)
 
     def fuse(self) -> None:

@@ -6,6 +6,7 @@ Source: Xiaoyan Guo and Yuefei Wang, MSA-Unet, Chengdu University, 2023. This is
 """
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,19 +97,24 @@ class MSAUnet(nn.Module):
         Raises:
             InputError: `x` is not a floating-point tensor of rank 4 with the network's number of channels.
         """
-        votes, frame = self._votes(x)
-        logits = resize(at_least_float32(votes[0]), frame)
-        for vote in votes[1:]:
-            logits = logits + resize(at_least_float32(vote), frame)
-        return logits[..., : x.shape[2], : x.shape[3]].to(votes[0].dtype)
+        (*coarse, finest), frame = self._votes(x)
+        # coarser votes meet at the finest level's own resolution; their sum is resized once
+        together = functools.reduce(torch.add, (self._at_finest(vote, frame) for vote in coarse))
+        logits = resize(together, frame) + at_least_float32(finest)
+        return logits[..., : x.shape[2], : x.shape[3]].to(finest.dtype)
 
     def forward_levels(self, x: Tensor) -> list[Tensor]:
         """What each level votes, coarse to fine, each resized to (N, K, H, W); their sum is `model(x)`.
 
         For deep supervision: every level, or every running sum, can have a loss of its own.
         """
-        votes, frame = self._votes(x)
-        return [resize(vote, frame)[..., : x.shape[2], : x.shape[3]] for vote in votes]
+        (*coarse, finest), frame = self._votes(x)
+        levels = [resize(self._at_finest(vote, frame), frame).to(finest.dtype) for vote in coarse]
+        return [level[..., : x.shape[2], : x.shape[3]] for level in (*levels, finest)]
+
+    def _at_finest(self, vote: Tensor, frame: tuple[int, int]) -> Tensor:
+        stride = self.encoder.strides[0]
+        return resize(at_least_float32(vote), (frame[0] // stride, frame[1] // stride))
 
     def _votes(self, x: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Logits per level at the level's own resolution, coarse to fine, and the padded size (H, W) they cover."""

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 # published prefix -> ours; index k of the lists there and here counts levels
 ATTENTION = {
     "conv": "spatial",
-    "cat2.rat.conv1": "wide_pool.score",
+    "cat2.rat.conv1": "wide_pool",
     **{f"cat2.conv{i}": f"wide.{j}" for i, j in ((1, 0), (2, 1), (3, 3), (4, 4))},
-    "cat2.cat1.rat.conv1": "narrow_pool.score",
+    "cat2.cat1.rat.conv1": "narrow_pool",
     **{f"cat2.cat1.l{i}": f"narrow.{j}" for i, j in ((1, 0), (2, 1), (3, 3), (4, 4))},
 }
 MODULES = {
