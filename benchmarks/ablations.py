@@ -113,20 +113,33 @@ def single_conv(model: MSAUnet) -> MSAUnet:
 
 
 class Adding(nn.Module):
-    """A decoder block that adds its two inputs, which come concatenated."""
+    """A decoder block that adds its two inputs, which come concatenated, and may add their sum to its output."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, residual: bool, full: bool = True) -> None:
         super().__init__()
-        self.block = double_conv(channels, channels)
+        block = double_conv(channels, channels)
+        if not full:
+            block[0], block[3] = separable(block[0]), separable(block[3])
+        self.block = block[:-1]
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         skip, up = x.chunk(2, 1)
-        return self.block(skip + up)
+        total = skip + up
+        return F.relu(self.block(total) + total if self.residual else self.block(total))
 
 
 def added_skip(model: MSAUnet) -> MSAUnet:
     """The finest skip is added, not concatenated."""
-    model.decoder.blocks[0] = Adding(model.encoder.channels[0])
+    model.decoder.blocks[0] = Adding(model.encoder.channels[0], residual=False)
+    return model
+
+
+def residual(model: MSAUnet) -> MSAUnet:
+    """All skips are added, blocks are residual and, but for the finest, separable."""
+    model.decoder.blocks = nn.ModuleList(
+        Adding(c, residual=True, full=i == 0) for i, c in enumerate(model.encoder.channels[:-1])
+    )
     return model
 
 

@@ -123,6 +123,8 @@ VARIANTS: dict[str, Build] = {
     "msa-separable-all": msa(ablations.separable_decoder(0, 0)),
     "msa-separable-added": msa(ablations.separable_decoder(1, 1), ablations.added_skip),
     "msa-added": msa(ablations.added_skip),
+    "msa-residual": msa(ablations.residual),
+    "msa-residual-bottleneck": msa(ablations.residual, ablations.bottleneck),
     "msa-pointwise-stem": msa(ablations.pointwise_stem),
     "msa-single-conv": msa(ablations.single_conv),
     "msa-bilinear": msa(ablations.bilinear),
