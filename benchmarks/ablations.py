@@ -225,3 +225,21 @@ def bottleneck(model: MSAUnet) -> MSAUnet:
         *conv_bn_relu(c, c),
     )
     return model
+
+
+def wide_vote(model: MSAUnet) -> MSAUnet:
+    """The finest level votes through a 3x3 convolution."""
+    vote = model.head.votes[-1]
+    model.head.votes[-1] = nn.Conv2d(vote.in_channels, vote.out_channels, 3, padding=1)
+    return model
+
+
+def scaled_init(model: MSAUnet) -> MSAUnet:
+    """He initialisation of all convolutions but those of the backbone; votes start at zero."""
+    for part in (model.encoder.fuse, model.decoder):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    for vote in model.head.votes:
+        nn.init.zeros_(vote.weight)
+    return model
