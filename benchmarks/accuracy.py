@@ -118,6 +118,7 @@ VARIANTS: dict[str, Build] = {
     "msa-no-ideas": msa(ablations.no_ideas, attention="none"),
     "msa-full-resolution": msa(ablations.full_resolution),
     "msa-separable": msa(ablations.separable_decoder(1, 1)),
+    "msa-lean": msa(ablations.separable_decoder(2, 2), decoder_channels=(32, 48, 96, 128, 192)),
     "msa-separable-first": msa(ablations.separable_decoder(0, 5)),
     "msa-separable-but-last": msa(ablations.separable_decoder(0, 1)),
     "msa-separable-all": msa(ablations.separable_decoder(0, 0)),

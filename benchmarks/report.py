@@ -10,7 +10,10 @@ An image's score is the mean over its classes; the tiles of one photograph count
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
 method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
 
-Times are read from benchmarks/results/speed*.json, a list of {"variant", "size", "train_step_ms", "inference_ms"}.
+A block `<!-- speed:begin ENCODER -->` to `<!-- speed:end -->` holds times and memory at that encoder, float32, one
+image of 512x512, from benchmarks/results/speed.json: the fastest of all rounds, and behind it MSA-Unet's time as a share
+of that network's, median of the pairs of one round and the range of their middle 80 %.
+
 Plots need matplotlib.
 """
 
@@ -20,13 +23,14 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from accuracy import RESULTS, ROOT, TOLERANCE, read
+from accuracy import ENCODER, RESULTS, ROOT, TOLERANCE, read
 
 RESAMPLES = 10_000
 SPEED_SIZE = 512
-BLOCK = re.compile(r"(<!-- accuracy:begin(.*?)-->\n).*?(<!-- accuracy:end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (accuracy|speed):begin(.*?)-->\n).*?(<!-- \2:end -->)", re.DOTALL)
 METRICS = {"dice": "Dice", "iou": "IoU", "nsd": f"NSD at {TOLERANCE:g} px", "cldice": "clDice"}
 
 Setting = tuple[str, int, int, int]  # data set, size, epochs, batch
@@ -160,21 +164,54 @@ def setting_of(data_set: str, row: dict[str, str]) -> Setting:
 
 
 def read_times(folder: Path) -> dict[str, tuple[str, str]]:
-    """Milliseconds of a train step and of inference per variant, blank where not measured."""
-    times: dict[str, tuple[str, str]] = defaultdict(lambda: ("", ""))
-    for path in sorted(folder.glob("speed*.json")):
-        for row in json.loads(path.read_text()):
-            if row["size"] == SPEED_SIZE:
-                times[row["variant"]] = (f"{row['train_step_ms']:.0f}", f"{row['inference_ms']:.0f}")
-    return times
+    """Fastest milliseconds of a train step and of inference per variant, blank where not measured."""
+    times: dict[str, list[str]] = defaultdict(lambda: ["", ""])
+    for row in speed_rows(folder, "ablations") + speed_rows(folder, ENCODER):  # peers' own run counts
+        if row["engine"] == "eager":
+            times[row["contender"]][row["mode"] == "inference"] = f"{row['fastest_ms']:.0f}"
+    return defaultdict(lambda: ("", ""), {variant: (train, infer) for variant, (train, infer) in times.items()})
+
+
+def speed_rows(folder: Path, encoder: str) -> list[dict[str, Any]]:
+    """What speed.py found for one encoder at the size of the tables, one image, float32."""
+    path = folder / "speed.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    wanted = {"encoder": encoder, "size": SPEED_SIZE, "batch": 1, "dtype": "float32", "device": "cpu"}
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def speed_table(folder: Path, encoder: str) -> str:
+    """Markdown: per contender its cost, its time and MSA-Unet's share of that time, per mode and engine."""
+    rows = speed_rows(folder, encoder)
+    cells = {(row["contender"], row["mode"], row["engine"]): row for row in rows}
+    columns = list(dict.fromkeys((row["mode"], row["engine"]) for row in rows))
+    lines = [["network", "M parameters", "GMAC", "peak MB", *(f"{mode}, {engine}" for mode, engine in columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        first = next(row for row in rows if row["contender"] == name)
+        peak = cells.get((name, "inference", "eager"), first).get("peak_mb")
+        line = [name, f"{first['parameters'] / 1e6:.2f}", f"{first['gmac']:.2f}", f"{peak:.0f}" if peak else ""]
+        for column in columns:
+            row = cells.get((name, *column))
+            share = (
+                ""
+                if row is None or name == "msa"
+                else " ({:.2f}, {:.2f} to {:.2f})".format(row["ratio"], *row["ratio_range"])
+            )
+            line.append(f"{row['fastest_ms']:.0f} ms{share}" if row else "")
+        lines.append(line)
+    if not rows:
+        return "No results yet.\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def rebuild(text: str, results: Path = RESULTS) -> str:
     """The document with every marked block made anew."""
 
     def block(match: re.Match[str]) -> str:
-        split, *variants = match[2].split() or ["test"]
-        return f"{match[1]}\n{tables(results, split, variants)}\n{match[3]}"
+        kind, first, *variants = match[2], *(match[3].split() or ["test"])
+        table = tables(results, first, variants) if kind == "accuracy" else speed_table(results.parent, first)
+        return f"{match[1]}\n{table}\n{match[4]}"
 
     return BLOCK.sub(block, text)
 

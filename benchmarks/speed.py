@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                    # every cell below; goes on where it was stopped
     python benchmarks/speed.py --encoders resnet34 --sizes 512 --batches 1 --modes inference --engines eager fused
+    python benchmarks/speed.py --encoders ablations --sizes 512 --batches 1 --engines eager fused --dtypes float32
     python benchmarks/speed.py --device cuda                      # the same on a GPU, timed with its events
 
 A cell is one encoder, size, batch, mode, engine and precision. In each of its rounds every contender runs once, in
@@ -30,7 +31,7 @@ from typing import Any
 
 import timm
 import torch
-from accuracy import RESULTS, gmac
+from accuracy import RESULTS, VARIANTS, gmac
 from literal import LiteralMSAUnet
 from torch import Tensor, nn
 
@@ -39,7 +40,14 @@ from msa_unet.fusion import fold_batch_norms
 
 OUTPUT = RESULTS.parent / "speed.json"
 ENCODERS = ("published", "tf_efficientnet_lite0", "resnet34", "convnext_tiny", "swin_tiny_patch4_window7_224")
-PEERS = {"unet": "Unet", "unetplusplus": "UnetPlusPlus", "manet": "MAnet", "fpn": "FPN"}
+PEERS = {
+    "unet": "Unet",
+    "unetplusplus": "UnetPlusPlus",
+    "manet": "MAnet",
+    "fpn": "FPN",
+    "deeplabv3plus": "DeepLabV3Plus",
+    "segformer": "Segformer",
+}
 CELL = ("encoder", "size", "batch", "mode", "engine", "dtype", "device")
 LARGEST = {"published": 512**2, "": 2 * 1024**2}  # pixels of a batch: the literal form needs 20 GB beyond
 
@@ -48,6 +56,9 @@ def contenders(encoder: str, size: int) -> dict[str, Callable[[], nn.Module]]:
     """What is compared at one encoder, ours first."""
     if encoder == "published":
         return {"msa": MSAUnet, "literal": LiteralMSAUnet}
+    if encoder == "ablations":
+        names = ["msa", "unet", *(name for name in VARIANTS if name.startswith("msa-"))]
+        return {name: lambda name=name: VARIANTS[name](3, 1, None) for name in names}
     return {
         "msa": lambda: MSAUnet(encoder),
         **{name: lambda kind=kind: peer(kind, encoder, size) for name, kind in PEERS.items()},

@@ -71,7 +71,11 @@ def results(tmp_path: Path) -> Path:
             accuracy.record(folder / "squares.csv", rows)
             run = {"data_set": "squares"} | key | {"parameters": 1_234_567, "gmac": 0.5, "steps": 20}
             accuracy.record(folder / "runs.csv", [run])
-    speed = [{"variant": "unet", "size": report.SPEED_SIZE, "train_step_ms": 812.3, "inference_ms": 151.7}]
+    cell = {"encoder": report.ENCODER, "size": report.SPEED_SIZE, "batch": 1, "engine": "eager", "dtype": "float32"}
+    cell |= {"device": "cpu", "contender": "unet", "parameters": 1_234_567, "gmac": 5.5, "peak_mb": 321.4}
+    cell |= {"ratio": 0.6, "ratio_range": [0.55, 0.7]}
+    speed = [cell | {"mode": "train", "fastest_ms": 812.3}, cell | {"mode": "inference", "fastest_ms": 151.7}]
+    speed += [row | {"contender": "msa", "ratio": 1.0, "ratio_range": [1.0, 1.0]} for row in speed]
     (folder.parent / "speed.json").write_text(json.dumps(speed))
     return folder
 
@@ -92,6 +96,13 @@ def test_tables(results: Path):
     assert unet[5].startswith("+")
     assert unet[6] == "msa better, p = 0.0004"  # 2 / 10001, times the two comparisons
     assert unet[-4:] == ["1.23", "0.50", "812", "152 |"]
+
+
+def test_speed_table(results: Path):
+    text = report.rebuild(f"<!-- speed:begin {report.ENCODER} -->\n<!-- speed:end -->", results)
+    assert "| unet | 1.23 | 5.50 | 321 | 812 ms (0.60, 0.55 to 0.70) | 152 ms (0.60, 0.55 to 0.70) |" in text
+    assert "| msa | 1.23 | 5.50 | 321 | 812 ms | 152 ms |" in text
+    assert report.rebuild(text, results) == text
 
 
 def test_a_block_names_its_split_reference_and_variants(results: Path):

@@ -1,0 +1,78 @@
+"""Ready for CUDA without a GPU: nothing is made on a default device, copied to the host or decided by values.
+
+Fake tensors carry a device without having one: an operator that mixes a "cuda" tensor with one that the code made on
+the CPU fails, and so does everything that would read a value. The backward pass cannot run with them on a machine
+without a GPU (autograd's engine asks for the device), so there the same is seen on the meta device.
+"""
+
+import pytest
+import torch
+from test_encoders import NAMES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from msa_unet import MSAUnet
+
+CUDA = torch.device("cuda:0")
+
+
+def on_meta(encoder: str) -> MSAUnet:
+    # encoders that read values while they are built cannot be built without any
+    model = MSAUnet(encoder, num_classes=2, decoder_channels=(8, 16, 32, 64) if encoder == "msa" else ())
+    return model.to("meta")
+
+
+def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:
+    return FakeTensor(mode, tensor.detach().to("meta"), CUDA)
+
+
+def to_fake_cuda(model: MSAUnet, mode: FakeTensorMode) -> MSAUnet:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(as_fake(parameter, mode), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = as_fake(buffer, mode)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("encoder", ["msa", *NAMES])
+def test_forward_stays_on_the_device(encoder: str, training: bool):
+    mode = FakeTensorMode()
+    model = to_fake_cuda(on_meta(encoder), mode).train(training)
+    with mode:
+        x = as_fake(torch.empty(2, 3, 250, 190), mode)
+        levels = model.forward_levels(x)
+        logits = model(x)
+    assert logits.shape == (2, 2, 250, 190)
+    assert {t.device for t in (logits, *levels)} == {CUDA}
+
+
+class Devices(TorchDispatchMode):
+    """Notes the operators that touch a tensor with more than one element anywhere but on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strays: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, torch.Tensor)]
+        if any(t.device.type != "meta" and t.numel() > 1 for t in tensors):
+            self.strays.append(func.name())
+        return output
+
+
+@pytest.mark.parametrize("encoder", ["msa", *NAMES])
+def test_backward_stays_on_the_device(encoder: str):
+    model = on_meta(encoder).train()
+    x = torch.empty(2, 3, 250, 190, device="meta")
+    with Devices() as devices:
+        model(x).square().mean().backward()
+    assert devices.strays == []
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert {g.device.type for g in gradients} == {"meta"}
