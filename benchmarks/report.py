@@ -11,8 +11,8 @@ percentile bootstraps: of a mean over images and seeds, of a difference over ima
 method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
 
 A block `<!-- speed:begin ENCODER -->` to `<!-- speed:end -->` holds times and memory at that encoder, float32, one
-image of 512x512, from benchmarks/results/speed.json: the fastest of all rounds, and behind it MSA-Unet's time as a share
-of that network's, median of the pairs of one round and the range of their middle 80 %.
+image of 512x512, from benchmarks/results/speed.json: the fastest of all rounds, and behind it MSA-Unet's time as a
+share of that network's, median of the pairs of one round and the range of their middle 80 %.
 
 Plots need matplotlib.
 """
