@@ -3,7 +3,7 @@
 Each function changes a network made by `MSAUnet(<timm encoder>)` in place, before it is trained, and returns it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -226,6 +226,30 @@ def bottleneck(model: MSAUnet) -> MSAUnet:
         *conv_bn_relu(c, c),
     )
     return model
+
+
+class SubpixelVotes(nn.Module):
+    """Every level votes for the 2x2 subpixels of each of its positions, through a convolution of size `kernel`."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int, kernel: int) -> None:
+        super().__init__()
+        self.shuffle = nn.PixelShuffle(2)
+        self.votes = nn.ModuleList(
+            nn.Conv2d(c, 4 * num_classes, kernel, padding=kernel // 2, bias=i == 0) for i, c in enumerate(channels)
+        )
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        return [self.shuffle(vote(x)) for vote, x in zip(reversed(self.votes), outputs, strict=True)]
+
+
+def subpixel_votes(kernel: int) -> Change:
+    """Sub-pixel votes of every level, not of the finest alone."""
+
+    def change(model: MSAUnet) -> MSAUnet:
+        model.head = SubpixelVotes(model.encoder.channels, model.config.num_classes, kernel)
+        return model
+
+    return change
 
 
 def wide_vote(model: MSAUnet) -> MSAUnet:

@@ -127,6 +127,8 @@ VARIANTS: dict[str, Build] = {
     "msa-residual": msa(ablations.residual),
     "msa-residual-bottleneck": msa(ablations.residual, ablations.bottleneck),
     "msa-wide-finest": msa(decoder_channels=(48, 64, 96, 128, 192)),
+    "msa-subpixel-votes": msa(ablations.subpixel_votes(1)),
+    "msa-subpixel-votes-3x3": msa(ablations.subpixel_votes(3)),
     "msa-wide-vote": msa(ablations.wide_vote),
     "msa-scaled-init": msa(ablations.scaled_init),
     "msa-pointwise-stem": msa(ablations.pointwise_stem),
