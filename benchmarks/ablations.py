@@ -259,12 +259,17 @@ def wide_vote(model: MSAUnet) -> MSAUnet:
     return model
 
 
-def scaled_init(model: MSAUnet) -> MSAUnet:
-    """He initialisation of all convolutions but those of the backbone; votes start at zero."""
-    for part in (model.encoder.fuse, model.decoder):
-        for module in part.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    for vote in model.head.votes:
-        nn.init.zeros_(vote.weight)
-    return model
+def initialised(scale: float, votes: float) -> Change:
+    """Convolutions of the fusion and the decoder start at `scale` times, votes at `votes` times torch's default."""
+
+    @torch.no_grad()
+    def change(model: MSAUnet) -> MSAUnet:
+        for part in (model.encoder.fuse, model.decoder.blocks):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.mul_(scale)
+        for vote in model.head.votes:
+            vote.weight.mul_(votes)
+        return model
+
+    return change
