@@ -229,24 +229,28 @@ def bottleneck(model: MSAUnet) -> MSAUnet:
 
 
 class SubpixelVotes(nn.Module):
-    """Every level votes for the 2x2 subpixels of each of its positions, through a convolution of size `kernel`."""
+    """Every level votes for the 2x2 subpixels of each of its positions, through a convolution of size `kernel`, or
+    `finest_kernel`.
+    """
 
-    def __init__(self, channels: Sequence[int], num_classes: int, kernel: int) -> None:
+    def __init__(self, channels: Sequence[int], num_classes: int, kernel: int, finest_kernel: int) -> None:
         super().__init__()
         self.shuffle = nn.PixelShuffle(2)
+        kernels = [finest_kernel, *[kernel] * (len(channels) - 1)]
         self.votes = nn.ModuleList(
-            nn.Conv2d(c, 4 * num_classes, kernel, padding=kernel // 2, bias=i == 0) for i, c in enumerate(channels)
+            nn.Conv2d(c, 4 * num_classes, k, padding=k // 2, bias=i == 0)
+            for i, (c, k) in enumerate(zip(channels, kernels, strict=True))
         )
 
     def forward(self, outputs: list[Tensor]) -> list[Tensor]:
         return [self.shuffle(vote(x)) for vote, x in zip(reversed(self.votes), outputs, strict=True)]
 
 
-def subpixel_votes(kernel: int) -> Change:
+def subpixel_votes(kernel: int, finest_kernel: int) -> Change:
     """Sub-pixel votes of every level, not of the finest alone."""
 
     def change(model: MSAUnet) -> MSAUnet:
-        model.head = SubpixelVotes(model.encoder.channels, model.config.num_classes, kernel)
+        model.head = SubpixelVotes(model.encoder.channels, model.config.num_classes, kernel, finest_kernel)
         return model
 
     return change
