@@ -130,6 +130,7 @@ VARIANTS: dict[str, Build] = {
     "msa-subpixel-votes": msa(ablations.subpixel_votes(1, 1)),
     "msa-subpixel-votes-3x3": msa(ablations.subpixel_votes(3, 3)),
     "msa-subpixel-votes-3x3-coarse": msa(ablations.subpixel_votes(3, 1)),
+    "msa-narrow-subpixel-votes-3x3-coarse": msa(ablations.subpixel_votes(3, 1), decoder_channels=(32, 48, 64, 96, 128)),
     "msa-wide-vote": msa(ablations.wide_vote),
     "msa-small-init": msa(ablations.initialised(0.4, 1)),
     "msa-he-init": msa(ablations.initialised(6**0.5, 1)),
