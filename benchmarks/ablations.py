@@ -1,4 +1,4 @@
-"""MSA-Unet with one thing changed, for the ablation of its design; `accuracy.py` trains them as `msa-<name>`.
+"""MSA-Unet with one thing changed, for the ablation of its design; `VARIANTS` in accuracy.py has their names.
 
 Each function changes a network made by `MSAUnet(<timm encoder>)` in place, before it is trained, and returns it.
 """
@@ -18,7 +18,7 @@ Change = Callable[[MSAUnet], MSAUnet]
 
 
 class SparseEncoder(TimmEncoder):
-    """Every level sees its own tap and the next finer level only; the finest still sees the image."""
+    """Every level sees its own tap only; the finest sees the image, too."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         own: dict[int, list[Tensor]] = {stride: [] for stride in self.strides}
@@ -43,12 +43,41 @@ def no_dense(model: MSAUnet) -> MSAUnet:
     return model
 
 
+class Votes(nn.Module):
+    """A head whose coarser levels vote through convolutions of size `kernel` for 2x2 sub-pixels or whole positions."""
+
+    def __init__(
+        self, channels: Sequence[int], num_classes: int, kernel: int, subpixels: bool, finest_kernel: int
+    ) -> None:
+        super().__init__()
+        self.shuffle = nn.PixelShuffle(2)
+        self.subpixels = subpixels
+        finest, *coarser = channels
+        rows = 4 * num_classes if subpixels else num_classes
+        self.votes = nn.ModuleList(nn.Conv2d(c, rows, kernel, padding=kernel // 2, bias=False) for c in coarser[::-1])
+        self.votes.append(nn.Conv2d(finest, 4 * num_classes, finest_kernel, padding=finest_kernel // 2))
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        *coarse, finest = (vote(x) for vote, x in zip(self.votes, outputs, strict=True))
+        return [*map(self.shuffle, coarse), self.shuffle(finest)] if self.subpixels else [*coarse, self.shuffle(finest)]
+
+
+def votes(kernel: int = 1, subpixels: bool = False, finest_kernel: int = 1) -> Change:
+    """Another head; without arguments, the one that screening began with."""
+
+    def change(model: MSAUnet) -> MSAUnet:
+        model.head = Votes(model.encoder.channels, model.config.num_classes, kernel, subpixels, finest_kernel)
+        return model
+
+    return change
+
+
 class FinestVote(nn.Module):
     """The last level's vote is the output, as in an ordinary U-Net."""
 
-    def __init__(self, head: VotingHead) -> None:
+    def __init__(self, vote: nn.Conv2d) -> None:
         super().__init__()
-        self.vote, self.shuffle = head.votes[-1], head.shuffle
+        self.vote, self.shuffle = vote, nn.PixelShuffle(2)
 
     def forward(self, outputs: list[Tensor]) -> list[Tensor]:
         vote = self.shuffle(self.vote(outputs[-1]))
@@ -57,7 +86,7 @@ class FinestVote(nn.Module):
 
 def one_vote(model: MSAUnet) -> MSAUnet:
     """Per-level head off."""
-    model.head = FinestVote(model.head)
+    model.head = FinestVote(model.head.votes[-1])
     return model
 
 
@@ -107,12 +136,6 @@ def separable_decoder(first: int, second: int) -> Change:
     return change
 
 
-def single_conv(model: MSAUnet) -> MSAUnet:
-    """One convolution instead of two in the finest decoder block."""
-    model.decoder.blocks[0] = model.decoder.blocks[0][:3]
-    return model
-
-
 class Adding(nn.Module):
     """A decoder block that adds its two inputs, which come concatenated, and may add their sum to its output."""
 
@@ -141,13 +164,6 @@ def residual(model: MSAUnet) -> MSAUnet:
     model.decoder.blocks = nn.ModuleList(
         Adding(c, residual=True, full=i == 0) for i, c in enumerate(model.encoder.channels[:-1])
     )
-    return model
-
-
-def pointwise_stem(model: MSAUnet) -> MSAUnet:
-    """The finest level is fused by a 1x1 convolution, as the others are."""
-    finest = model.encoder.fuse[0][0]
-    model.encoder.fuse[0] = nn.Sequential(*conv_bn_relu(finest.in_channels, finest.out_channels, kernel=1))
     return model
 
 
@@ -228,43 +244,8 @@ def bottleneck(model: MSAUnet) -> MSAUnet:
     return model
 
 
-class SubpixelVotes(nn.Module):
-    """Every level votes for the 2x2 subpixels of each of its positions, through a convolution of size `kernel`, or
-    `finest_kernel`.
-    """
-
-    def __init__(self, channels: Sequence[int], num_classes: int, kernel: int, finest_kernel: int) -> None:
-        super().__init__()
-        self.shuffle = nn.PixelShuffle(2)
-        kernels = [finest_kernel, *[kernel] * (len(channels) - 1)]
-        self.votes = nn.ModuleList(
-            nn.Conv2d(c, 4 * num_classes, k, padding=k // 2, bias=i == 0)
-            for i, (c, k) in enumerate(zip(channels, kernels, strict=True))
-        )
-
-    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
-        return [self.shuffle(vote(x)) for vote, x in zip(reversed(self.votes), outputs, strict=True)]
-
-
-def subpixel_votes(kernel: int, finest_kernel: int) -> Change:
-    """Sub-pixel votes of every level, not of the finest alone."""
-
-    def change(model: MSAUnet) -> MSAUnet:
-        model.head = SubpixelVotes(model.encoder.channels, model.config.num_classes, kernel, finest_kernel)
-        return model
-
-    return change
-
-
-def wide_vote(model: MSAUnet) -> MSAUnet:
-    """The finest level votes through a 3x3 convolution."""
-    vote = model.head.votes[-1]
-    model.head.votes[-1] = nn.Conv2d(vote.in_channels, vote.out_channels, 3, padding=1)
-    return model
-
-
-def initialised(scale: float, votes: float) -> Change:
-    """Convolutions of the fusion and the decoder start at `scale` times, votes at `votes` times torch's default."""
+def initialised(scale: float) -> Change:
+    """Convolutions of the fusion and the decoder start at `scale` times torch's default."""
 
     @torch.no_grad()
     def change(model: MSAUnet) -> MSAUnet:
@@ -272,8 +253,6 @@ def initialised(scale: float, votes: float) -> Change:
             for module in part.modules():
                 if isinstance(module, nn.Conv2d):
                     module.weight.mul_(scale)
-        for vote in model.head.votes:
-            vote.weight.mul_(votes)
         return model
 
     return change

@@ -59,6 +59,7 @@ TOLERANCE = 1.0  # of the normalised surface Dice, in pixels of the working size
 SUBSETS = 4  # sums drawn per step by "mutation"
 
 ENCODER = "tf_efficientnet_lite0"
+NARROW = (32, 48, 64, 96, 128)
 Build = Callable[[int, int, Path | None], nn.Module]  # in_channels, num_classes, encoder_weights (None: random)
 
 
@@ -72,6 +73,11 @@ def msa(*changes: ablations.Change, **options: Any) -> Build:
         return model
 
     return build
+
+
+def base(*changes: ablations.Change, **options: Any) -> Build:
+    """The design that screening began with: coarser levels vote by 1x1 for whole positions, the rest as today."""
+    return msa(ablations.votes(), *changes, **options)
 
 
 def peer(name: str) -> Build:
@@ -108,40 +114,34 @@ def scratch_unet(c: int, k: int, _: Path | None) -> nn.Module:
 
 
 VARIANTS: dict[str, Build] = {
-    "msa": msa(),
-    "msa-attention-all": msa(attention="all"),
-    "msa-attention-none": msa(attention="none"),
-    "msa-narrow": msa(decoder_channels=(32, 48, 64, 96, 128)),
-    "msa-narrowest": msa(decoder_channels=(24, 32, 48, 64, 96)),
+    "msa": msa(),  # the default of the package
+    "msa-narrow": msa(decoder_channels=NARROW),
     "msa-no-dense": msa(ablations.no_dense),
     "msa-one-vote": msa(ablations.one_vote),
+    "msa-attention-none": msa(attention="none"),
     "msa-no-ideas": msa(ablations.no_ideas, attention="none"),
-    "msa-full-resolution": msa(ablations.full_resolution),
-    "msa-separable": msa(ablations.separable_decoder(1, 1)),
-    "msa-lean": msa(ablations.separable_decoder(2, 2), decoder_channels=(32, 48, 96, 128, 192)),
-    "msa-separable-first": msa(ablations.separable_decoder(0, 5)),
-    "msa-separable-but-last": msa(ablations.separable_decoder(0, 1)),
-    "msa-separable-all": msa(ablations.separable_decoder(0, 0)),
-    "msa-separable-added": msa(ablations.separable_decoder(1, 1), ablations.added_skip),
-    "msa-added": msa(ablations.added_skip),
-    "msa-residual": msa(ablations.residual),
-    "msa-residual-bottleneck": msa(ablations.residual, ablations.bottleneck),
-    "msa-wide-finest": msa(decoder_channels=(48, 64, 96, 128, 192)),
-    "msa-subpixel-votes": msa(ablations.subpixel_votes(1, 1)),
-    "msa-subpixel-votes-3x3": msa(ablations.subpixel_votes(3, 3)),
-    "msa-subpixel-votes-3x3-coarse": msa(ablations.subpixel_votes(3, 1)),
-    "msa-narrow-subpixel-votes-3x3-coarse": msa(ablations.subpixel_votes(3, 1), decoder_channels=(32, 48, 64, 96, 128)),
-    "msa-wide-vote": msa(ablations.wide_vote),
-    "msa-small-init": msa(ablations.initialised(0.4, 1)),
-    "msa-he-init": msa(ablations.initialised(6**0.5, 1)),
-    "msa-zero-votes": msa(ablations.initialised(1, 0)),
-    "msa-subpixel-votes-small-init": msa(ablations.subpixel_votes(1, 1), ablations.initialised(0.4, 1)),
-    "msa-pointwise-stem": msa(ablations.pointwise_stem),
-    "msa-single-conv": msa(ablations.single_conv),
-    "msa-bilinear": msa(ablations.bilinear),
-    "msa-dysample": msa(ablations.dysample),
-    "msa-group-norm": msa(ablations.group_norm),
-    "msa-bottleneck": msa(ablations.bottleneck),
+    # what screening began with, and one thing changed of that
+    "base": base(),
+    "base-narrow": base(decoder_channels=NARROW),
+    "base-wide-finest": base(decoder_channels=(48, 64, 96, 128, 192)),
+    "base-no-dense": base(ablations.no_dense),
+    "base-one-vote": base(ablations.one_vote),
+    "base-attention-all": base(attention="all"),
+    "base-attention-none": base(attention="none"),
+    "base-no-ideas": base(ablations.no_ideas, attention="none"),
+    "base-full-resolution": base(ablations.full_resolution),
+    "base-separable": base(ablations.separable_decoder(1, 1)),
+    "base-separable-added": base(ablations.separable_decoder(1, 1), ablations.added_skip),
+    "base-lean": base(ablations.separable_decoder(2, 2), decoder_channels=(32, 48, 96, 128, 192)),
+    "base-residual": base(ablations.residual),
+    "base-bottleneck": base(ablations.bottleneck),
+    "base-bilinear": base(ablations.bilinear),
+    "base-dysample": base(ablations.dysample),
+    "base-group-norm": base(ablations.group_norm),
+    "base-small-init": base(ablations.initialised(0.4)),
+    "base-subpixel-votes": base(ablations.votes(subpixels=True)),
+    "base-subpixel-votes-3x3": base(ablations.votes(3, subpixels=True, finest_kernel=3)),
+    "base-subpixel-votes-3x3-coarse": base(ablations.votes(3, subpixels=True)),
     "unet": peer("Unet"),
     "unetplusplus": peer("UnetPlusPlus"),
     "manet": peer("MAnet"),

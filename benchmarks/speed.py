@@ -57,7 +57,7 @@ def contenders(encoder: str, size: int) -> dict[str, Callable[[], nn.Module]]:
     if encoder == "published":
         return {"msa": MSAUnet, "literal": LiteralMSAUnet}
     if encoder == "ablations":
-        names = ["msa", "unet", *(name for name in VARIANTS if name.startswith("msa-"))]
+        names = ["msa", "unet", *(name for name in VARIANTS if name.startswith("base"))]
         return {name: lambda name=name: VARIANTS[name](3, 1, None) for name in names}
     return {
         "msa": lambda: MSAUnet(encoder),

@@ -360,20 +360,23 @@ class Decoder(nn.Module):
 
 
 class VotingHead(nn.Module):
-    """Every depth votes: one 1x1 convolution to K logits per level, coarse to fine, each at its own resolution.
+    """Every depth votes: one convolution to K logits per level, coarse to fine, each at its own resolution.
 
-    The published head resizes all levels to full resolution, concatenates and convolves; convolution and resize
-    commute, so the sum of the resized votes is the same function without the wide tensor. If the finest level is not
-    at full resolution it votes for each of the `subpixels` x `subpixels` pixels that one position covers.
+    The published head resizes all levels to full resolution, concatenates and convolves by 1x1; convolution and resize
+    commute, so the sum of the resized votes is the same function without the wide tensor. Where the finest level is not
+    at full resolution, every level votes for each of the `subpixels` x `subpixels` pixels that one position covers,
+    and the coarser ones, where it costs nothing, see the positions around.
     """
 
     def __init__(self, channels: Sequence[int], num_classes: int, subpixels: int) -> None:
         super().__init__()
         self.shuffle = nn.PixelShuffle(subpixels) if subpixels > 1 else nn.Identity()
+        rows, kernel = num_classes * subpixels**2, 3 if subpixels > 1 else 1
         finest, *coarser = channels
-        self.votes = nn.ModuleList(nn.Conv2d(c, num_classes, 1, bias=False) for c in reversed(coarser))
-        self.votes.append(nn.Conv2d(finest, num_classes * subpixels**2, 1))
+        self.votes = nn.ModuleList(
+            nn.Conv2d(c, rows, kernel, padding=kernel // 2, bias=False) for c in reversed(coarser)
+        )
+        self.votes.append(nn.Conv2d(finest, rows, 1))
 
     def forward(self, outputs: list[Tensor]) -> list[Tensor]:
-        votes = [vote(x) for vote, x in zip(self.votes, outputs, strict=True)]
-        return [*votes[:-1], self.shuffle(votes[-1])]
+        return [self.shuffle(vote(x)) for vote, x in zip(self.votes, outputs, strict=True)]
