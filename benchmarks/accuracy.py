@@ -142,6 +142,7 @@ VARIANTS: dict[str, Build] = {
     "base-subpixel-votes": base(ablations.votes(subpixels=True)),
     "base-subpixel-votes-3x3": base(ablations.votes(3, subpixels=True, finest_kernel=3)),
     "base-subpixel-votes-3x3-coarse": base(ablations.votes(3, subpixels=True)),
+    "base-narrow-subpixel-votes-3x3-coarse": base(ablations.votes(3, subpixels=True), decoder_channels=NARROW),
     "unet": peer("Unet"),
     "unetplusplus": peer("UnetPlusPlus"),
     "manet": peer("MAnet"),

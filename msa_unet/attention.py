@@ -40,10 +40,10 @@ class SpatialChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = (self.spatial, self.wide_pool, self.narrow_pool)
-        # in one convolution, since reading x is what costs
-        maps = F.conv2d(x, torch.cat([m.weight for m in maps]), torch.cat([m.bias for m in maps]))  # (N, 3, H, W)
-        s, scores = at_least_float32(maps).tensor_split([1], 1)
+        # three maps by one convolution, since reading x is what costs
+        convs = [(conv.weight, conv.bias) for conv in (self.spatial, self.wide_pool, self.narrow_pool)]
+        weight, bias = (torch.cat(parts) for parts in zip(*convs, strict=True))
+        s, scores = at_least_float32(F.conv2d(x, weight, bias)).tensor_split([1], 1)  # (N, 1, H, W), (N, 2, H, W)
         gate = torch.sigmoid(s.mean(3, keepdim=True) * s.mean(2, keepdim=True))  # (N, 1, H, W)
         # at 512x512 one weight is near 4e-6, below what float16 resolves: the sum stays in float32 under autocast too
         device = "cpu" if x.is_meta else x.device.type  # meta tensors know no autocast
