@@ -4,7 +4,8 @@
 
 rewrites the marked blocks of README.md and docs/*.md, and docs/images/accuracy-{val,test}.svg. A block stands between
 `<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:end -->`: SPLIT is test if left out, the first VARIANT
-is the reference that the others are compared with, and without any, all that have results are shown, against msa.
+is the reference that the others are compared with; without any, or with "..." for the others, all that have results
+are shown, against msa or that reference.
 
 An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
@@ -120,6 +121,7 @@ def compare(scores: Scores, reference: str) -> dict[str, tuple[str, str]]:
 def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> str:
     """Markdown, one table per setting."""
     reference = variants[0] if variants else "msa"
+    variants = () if "..." in variants else variants
     settings = collect(results, split, variants)
     runs, times = read_runs(results, split), read_times(results.parent)
     parts = []

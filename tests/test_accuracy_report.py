@@ -110,6 +110,9 @@ def test_a_block_names_its_split_reference_and_variants(results: Path):
     text = report.rebuild("<!-- accuracy:begin test unet msa -->\n<!-- accuracy:end -->", results)
     assert "manet" not in text
     assert "unet worse, p = 0.0002" in text
+    text = report.rebuild("<!-- accuracy:begin test unet ... -->\n<!-- accuracy:end -->", results)
+    assert "| manet |" in text
+    assert "Dice of unet minus its" in text
 
 
 def test_plots_are_the_same_file_each_time(results: Path, tmp_path: Path):
