@@ -48,7 +48,7 @@ def whole(count: int, least: int) -> int:
         return count
     symbol = torch.tensor(count).item()
     torch._check(symbol >= least)
-    return symbol  # type: ignore[return-value] # SymInt when traced
+    return symbol
 
 
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
