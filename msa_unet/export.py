@@ -7,7 +7,7 @@ Each takes "image", float32 (N, C, H, W) normalised by the mean and std that it 
 import io
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float16", "int8"]
 
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05}  # of the largest logit: a wrong graph is off by far more
 AXES = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -77,16 +78,18 @@ def export(
     if onnx:
         _require_onnx()
     images = [prepare(to_unit_range(image), model.config) for image in calibration]
-    program = trace(model, "float16" if dtype == "float16" else "float32")
     kind = "ONNX" if onnx else "an AOTInductor package" if aoti else ".pt2"
-    with replacing(path) as temporary, _naming(model, f"be written as {kind}"):
-        if onnx:
-            _write_onnx(program, temporary, metadata(model.config), images)
-        elif aoti:
-            _write_aoti(program, temporary, metadata(model.config))
-        else:
-            with temporary.open("wb") as file:  # a name would have to end in .pt2
-                torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata(model.config))})
+    properties = metadata(model.config)
+    with replacing(path) as temporary:
+        program = trace(model, "float16" if dtype == "float16" else "float32")
+        with _naming(model, f"be written as {kind}"):
+            if onnx:
+                _write_onnx(program, temporary, properties, images)
+            elif aoti:
+                _write_aoti(program, temporary, properties)
+            else:
+                with temporary.open("wb") as file:  # a name would have to end in .pt2
+                    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(properties)})
 
 
 def metadata(config: "MSAUnetConfig") -> dict[str, Any]:
@@ -167,24 +170,44 @@ def _require_onnx() -> None:
         raise ExportError(f"ONNX needs {error.name}: pip install 'msa-unet[export]'.") from error
 
 
+@torch.no_grad()
+def _check(run: Callable[[Tensor], Tensor], program: ExportedProgram) -> None:
+    """Compare a converted graph with what it was made of, on one image: converters and compilers make mistakes."""
+    network = program.module()
+    image = torch.randn(1, program.example_inputs[0][0].shape[1], 70, 131, generator=torch.Generator().manual_seed(0))
+    wanted = network(image)
+    error = ((run(image) - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= TOLERANCES[next(iter(program.parameters())).dtype]:
+        raise RuntimeError(f"its logits are off by {error:.1%} of the largest")
+
+
 def _texts(properties: dict[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in properties.items()}
 
 
 def _write_aoti(program: ExportedProgram, path: Path, properties: dict[str, Any]) -> None:
+    options = {
+        "aot_inductor.metadata": _texts(properties),
+        # turned to channels last, convolutions are taken to give contiguous outputs where sizes are symbols, and do not
+        "layout_optimization": False,
+    }
     with TemporaryDirectory() as folder:
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=f"{folder}/model.pt2", inductor_configs={"aot_inductor.metadata": _texts(properties)}
+            program, package_path=f"{folder}/model.pt2", inductor_configs=options
         )
+        _check(torch._inductor.aoti_load_package(package), program)
         path.write_bytes(Path(package).read_bytes())
 
 
 def _write_onnx(program: ExportedProgram, path: Path, properties: dict[str, Any], images: Sequence[Tensor]) -> None:
     import onnx
+    from onnxruntime import InferenceSession
 
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
     converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     proto = converted.model_proto
+    session = InferenceSession(proto.SerializeToString())
+    _check(lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), program)
     if images:
         proto = _quantise(proto, images)
     for value in (*proto.graph.input, *proto.graph.output):
