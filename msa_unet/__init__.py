@@ -2,7 +2,7 @@
 
 from .config import MSAUnetConfig
 from .encoders import list_encoders
-from .errors import CheckpointError, ConfigError, EncoderError, InputError
+from .errors import CheckpointError, ConfigError, EncoderError, ExportError, InputError
 from .inference import Segmentation, predict
 from .model import MSAUnet
 from .registry import list_pretrained
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EncoderError",
+    "ExportError",
     "InputError",
     "MSAUnet",
     "MSAUnetConfig",

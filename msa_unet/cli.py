@@ -1,16 +1,18 @@
-"""The command line: `msa-unet predict|list|info`."""
+"""The command line: `msa-unet predict|list|info|export`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .errors import CheckpointError, ConfigError, EncoderError, InputError
+from .errors import CheckpointError, ConfigError, EncoderError, ExportError, InputError
+from .export import Precision, export
 from .files import replacing
 from .inference import Segmentation, predict, read_image
 from .model import MSAUnet
@@ -39,10 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=run_predict)
     add_list_parser(commands)
     add_info_parser(commands)
+    command = commands.add_parser("export", help="write a network as ONNX or for torch.export, to run without msa_unet")
+    command.add_argument("model", metavar="NAME_OR_PATH")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    command.add_argument("--dtype", choices=get_args(Precision), default="float32")
+    command.add_argument("--aoti", action="store_true", help="compile for this machine's CPU (FILE.pt2)")
+    command.add_argument(
+        "--calibration", nargs="+", type=Path, default=[], metavar="IMAGE", help="files or folders, for int8"
+    )
+    command.set_defaults(run=run_export)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
-    except (CheckpointError, ConfigError, EncoderError, InputError) as error:
+    except (CheckpointError, ConfigError, EncoderError, ExportError, InputError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         return 130
@@ -89,6 +100,24 @@ def run_predict(args: argparse.Namespace) -> int:
             continue
         tqdm.write(_summary(image, result, args.json), file=sys.stdout)
     return status
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write a checkpoint in another format."""
+    paths = [path for given in args.calibration for path, _ in _images(given, args.output)]
+    images = []
+    try:
+        for path in paths:
+            images.append(read_image(path))
+    except InputError as error:
+        return _complain(f"{path}: {error}")
+    model = MSAUnet.from_pretrained(args.model)
+    try:
+        export(model, args.output, dtype=args.dtype, aoti=args.aoti, calibration=images)
+    except OSError as error:
+        return _complain(f"{args.output}: {error}")
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
 def _images(given: Path, output: Path) -> Iterator[tuple[Path, Path]]:

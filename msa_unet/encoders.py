@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import EncoderError
-from .layers import conv_bn_relu, double_conv, resize
+from .layers import conv_bn_relu, double_conv, may_differ, resize, whole
 from .loading import mismatches, shapes
 
 
@@ -71,7 +71,7 @@ class MSAEncoder(nn.Module):
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         # four poolings need 16 pixels; nothing else is padded, the resizes make odd sizes meet again
-        return torch.sym_max(height, 16), torch.sym_max(width, 16)  # type: ignore[return-value] # SymInt when traced
+        return whole(torch.sym_max(height, 16), 16), whole(torch.sym_max(width, 16), 16)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
@@ -163,7 +163,7 @@ class TimmEncoder(nn.Module):
         for tap, project, level in zip(self.taps(x), self.project, self.plan.levels, strict=True):
             tap = project(tap)
             size = (height // level, width // level)
-            own[level].append(tap if tap.shape[-2:] == size else resize(tap, size))
+            own[level].append(resize(tap, size) if may_differ(tap.shape[-2:], size) else tap)
         finer = [F.pixel_unshuffle(x, 2)]  # the image at stride 2, nothing lost: (N, 4C, H/2, W/2)
         features: list[Tensor] = []
         for stride, fuse in zip(self.strides, self.fuse, strict=True):
@@ -217,8 +217,8 @@ class Plan:
 
     def units(self, side: int, unit: int) -> int:
         """How many units come nearest to `side` scaled to the backbone's strides."""
-        scaled, whole = side * self.numerator, unit * self.denominator
-        return torch.sym_max((2 * scaled + whole) // (2 * whole), 1)  # type: ignore[return-value] # SymInt when traced
+        scaled, one = side * self.numerator, unit * self.denominator
+        return whole(torch.sym_max((2 * scaled + one) // (2 * one), 1), 1)
 
 
 @cache
@@ -276,8 +276,7 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    whole = (side + stride - 1) // stride * stride
-    return torch.sym_max(whole, 3 * stride)  # type: ignore[return-value] # SymInt when traced
+    return whole(torch.sym_max((side + stride - 1) // stride, 3), 3) * stride
 
 
 def _split(x: Tensor, rows: int, cols: int) -> Tensor:

@@ -15,3 +15,7 @@ class EncoderError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is absent, damaged, or does not fit the network it is loaded into."""
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be written in the format asked for, or a library or compiler for it that is missing."""

@@ -21,7 +21,7 @@ from .config import Attention, MSAUnetConfig
 from .encoders import MSAEncoder, TimmEncoder, parameters_of
 from .errors import ConfigError, InputError
 from .fusion import fold_batch_norms
-from .layers import at_least_float32, double_conv, resize
+from .layers import at_least_float32, double_conv, may_differ, resize
 from .loading import LoadReport
 
 
@@ -353,7 +353,7 @@ class Decoder(nn.Module):
         for i in reversed(range(len(self.ups))):
             skip = features[i]
             x = self.ups[i](outputs[-1])
-            if x.shape[2:] != skip.shape[2:]:  # a size that was odd on the way down
+            if may_differ(x.shape[2:], skip.shape[2:]):  # a size that was odd on the way down
                 x = resize(x, skip.shape[2:])
             outputs.append(self.blocks[i](torch.cat([self.attention[i](skip), x], 1)))
         return outputs

@@ -1,0 +1,240 @@
+"""Networks as files that run without this package: ONNX, torch.export and AOTInductor; one graph for all sizes.
+
+Each takes "image", float32 (N, C, H, W) normalised by the mean and std that it carries, and gives "logits", float32
+(N, K, H, W), for any N, H and W.
+"""
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .errors import ConfigError, ExportError
+from .files import replacing
+from .inference import Source, prepare, to_unit_range
+
+if TYPE_CHECKING:
+    from .config import MSAUnetConfig
+    from .model import MSAUnet
+
+Precision = Literal["float32", "float16", "int8"]
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05}  # of the largest logit: a wrong graph is off by far more
+AXES = {0: "batch", 2: "height", 3: "width"}
+
+
+def export(
+    model: "MSAUnet",
+    path: str | Path,
+    *,
+    dtype: Precision = "float32",
+    aoti: bool = False,
+    calibration: Sequence[Source] = (),
+) -> None:
+    """Write `model`, fused and in eval mode, to `path`; what is there is replaced once all is well.
+
+    >>> export(model, "nuclei.onnx")  # doctest: +SKIP
+    >>> export(model, "nuclei.onnx", dtype="int8", calibration=[Image.open(p) for p in paths])  # doctest: +SKIP
+
+    Args:
+        model: is left as it is.
+        path: ends in .onnx (needs `pip install msa-unet[export]`) or in .pt2, for `torch.export.load`.
+        dtype: of weights and activations; image and logits are float32 in any case. "int8" is for ONNX alone.
+        aoti: compile for this machine's CPU, which needs a C++ compiler; `torch._inductor.aoti_load_package` reads it.
+        calibration: for "int8", some ten images such as the network will see, of the types that `predict` takes: they
+            show the range of each activation.
+
+    Raises:
+        ConfigError: the arguments do not go together.
+        ExportError: the encoder cannot be traced, or a library or compiler is missing or gives up.
+        InputError: an image in `calibration` cannot be segmented.
+        OSError: the disk refuses.
+    """
+    path = Path(path)
+    onnx = path.suffix == ".onnx"
+    if not onnx and path.suffix != ".pt2":
+        raise ConfigError(
+            f"The file is to be {str(path)!r}: its name must end in .onnx or .pt2, the formats there are."
+        )
+    if dtype not in get_args(Precision):
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(get_args(Precision))}.")
+    if onnx and aoti:
+        raise ConfigError("aoti makes a compiled package: choose a name that ends in .pt2, or leave it out for ONNX.")
+    if dtype == "int8" and not onnx:
+        raise ConfigError(f"int8 is for ONNX alone: choose a name that ends in .onnx, not {str(path)!r}.")
+    if (dtype == "int8") != bool(calibration):
+        raise ConfigError(
+            "int8 needs images for calibration, some ten of the kind it will see, and no other dtype does."
+        )
+    if onnx:
+        _require_onnx()
+    images = [prepare(to_unit_range(image), model.config) for image in calibration]
+    kind = "ONNX" if onnx else "an AOTInductor package" if aoti else ".pt2"
+    properties = metadata(model.config)
+    with replacing(path) as temporary:
+        program = trace(model, "float16" if dtype == "float16" else "float32")
+        with _naming(model, f"be written as {kind}"):
+            if onnx:
+                _write_onnx(program, temporary, properties, images)
+            elif aoti:
+                _write_aoti(program, temporary, properties)
+            else:
+                with temporary.open("wb") as file:  # a name would have to end in .pt2
+                    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(properties)})
+
+
+def metadata(config: "MSAUnetConfig") -> dict[str, Any]:
+    """What whoever uses the file must know; images are scaled to `value_range`, then (x - mean) / std."""
+    return {
+        "mean": config.mean,
+        "std": config.std,
+        "value_range": (0.0, 1.0),
+        "class_names": config.class_names,
+        "activation": "sigmoid" if config.num_classes == 1 else "softmax",  # makes probabilities of the logits
+        "encoder": config.encoder,
+    }
+
+
+def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") -> ExportedProgram:
+    """The graph of `model`, fused, for any batch, height and width from 1 up.
+
+    Raises:
+        ExportError: the encoder does something that depends on the size in a way that no graph can hold.
+    """
+    network = _Network(model, getattr(torch, dtype))
+    # two unlike sides and a batch of two: what is equal, or 1, would be taken to be so for ever
+    image = torch.zeros(2, model.config.in_channels, 90, 150)
+    shapes = {axis: Dim(name, min=1) for axis, name in AXES.items()}
+    with _naming(model, "be exported"), torch.no_grad(), _whole_number_padding():
+        return torch.export.export(network, (image,), dynamic_shapes={"image": shapes}, strict=False)
+
+
+class _Network(nn.Module):
+    """The folded network behind float32 images and logits."""
+
+    def __init__(self, model: "MSAUnet", dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.model = model.fuse().float().cpu().to(dtype)
+        self.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.model(image.to(self.dtype))
+        # a copy, since the compiler takes no view of unknown strides, which the cropped frame is, for an output
+        return logits.float().clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _whole_number_padding() -> Iterator[None]:
+    """TensorFlow's padding, which timm computes with floats, in whole numbers: a tracer can simplify those."""
+
+    def same_padding(x: int, kernel_size: int, stride: int, dilation: int) -> int:
+        return max((-(-x // stride) - 1) * stride + (kernel_size - 1) * dilation + 1 - x, 0)
+
+    with patch("timm.layers.padding.get_same_padding", same_padding):
+        yield
+
+
+@contextmanager
+def _naming(model: "MSAUnet", what: str) -> Iterator[None]:
+    """Turn whatever a tracer or compiler raises into one sentence that names the encoder; silence its chatter."""
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # these libraries have dozens of exceptions and no common one
+        reason = str(error).strip().split("\n")[0] or "no reason given"
+        raise ExportError(
+            f"Encoder {model.config.encoder!r} cannot {what} by torch {torch.__version__}: {type(error).__name__}: "
+            f"{reason[:300]}. Nothing was written; docs/deploy.md says which encoders can."
+        ) from error
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"ONNX needs {error.name}: pip install 'msa-unet[export]'.") from error
+
+
+@torch.no_grad()
+def _check(run: Callable[[Tensor], Tensor], program: ExportedProgram) -> None:
+    """Compare a converted graph with what it was made of, on one image: converters and compilers make mistakes."""
+    network = program.module()
+    image = torch.randn(1, program.example_inputs[0][0].shape[1], 70, 131, generator=torch.Generator().manual_seed(0))
+    wanted = network(image)
+    error = ((run(image) - wanted).abs().max() / wanted.abs().max()).item()
+    if not error <= TOLERANCES[next(iter(program.parameters())).dtype]:
+        raise RuntimeError(f"its logits are off by {error:.1%} of the largest")
+
+
+def _texts(properties: dict[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in properties.items()}
+
+
+def _write_aoti(program: ExportedProgram, path: Path, properties: dict[str, Any]) -> None:
+    options = {
+        "aot_inductor.metadata": _texts(properties),
+        # turned to channels last, convolutions are taken to give contiguous outputs where sizes are symbols, and do not
+        "layout_optimization": False,
+    }
+    with TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/model.pt2", inductor_configs=options
+        )
+        _check(torch._inductor.aoti_load_package(package), program)
+        path.write_bytes(Path(package).read_bytes())
+
+
+def _write_onnx(program: ExportedProgram, path: Path, properties: dict[str, Any], images: Sequence[Tensor]) -> None:
+    import onnx
+    from onnxruntime import InferenceSession
+
+    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
+    converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    proto = converted.model_proto
+    session = InferenceSession(proto.SerializeToString())
+    _check(lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), program)
+    if images:
+        proto = _quantise(proto, images)
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis, name in AXES.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    onnx.helper.set_model_props(proto, _texts(properties))
+    onnx.checker.check_model(proto)
+    onnx.save(proto, path)
+
+
+def _quantise(proto: Any, images: Sequence[Tensor]) -> Any:
+    """Static quantisation: 8-bit weights per channel, 8-bit activations within the ranges that `images` give them."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc] # the library has no types
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.left, None)
+            return None if image is None else {"image": image.numpy()}
+
+    with TemporaryDirectory() as folder:
+        prepared, quantised = f"{folder}/prepared.onnx", f"{folder}/quantised.onnx"
+        quant_pre_process(proto, prepared, skip_symbolic_shape=True)
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(prepared, quantised, Reader(), per_channel=True, **kinds)
+        return onnx.load(quantised)
