@@ -15,6 +15,7 @@ and saves first. Delete it when all is done. docs/finetune.md has more.
 
 import argparse
 import csv
+import hashlib
 import json
 import random
 import shlex
@@ -117,16 +118,15 @@ def read_folder(folder: Path, seed: int) -> tuple[dict[str, Pair], dict[str, lis
         if labels.shape != pixels.shape[:2]:
             return f"{stem}: the image is {pixels.shape[:2]}, the mask {labels.shape}"
         if labels.dtype.kind not in "bui" or labels.min() < 0 or labels.max() >= classes:
-            return (
-                f"{stem}: the mask has {labels.dtype} {labels.min()} to {labels.max()}, classes are 0 to {classes - 1}"
-            )
+            found = f"{labels.dtype} {labels.min()} to {labels.max()}"
+            return f"{stem}: the mask has {found}, and classes are 0 to {classes - 1}"
         pixels = (pixels * 255).round().astype(np.uint8)  # 16-bit images too: training needs no more
         return torch.from_numpy(pixels).movedim(-1, 0), torch.from_numpy(labels.astype(np.uint8))
 
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(times, pool.map(read, times), strict=True))
-    problems += [pair for pair in found.values() if isinstance(pair, str)]
-    pairs = {stem: pair for stem, pair in found.items() if not isinstance(pair, str)}
+        results = dict(zip(times, pool.map(read, times), strict=True))
+    problems += [result for result in results.values() if isinstance(result, str)]
+    pairs = {stem: result for stem, result in results.items() if not isinstance(result, str)}
     if not splits["classes"]:
         labels = sorted({label for _, mask in pairs.values() for label in mask.unique().tolist()})
         splits["classes"] = ["background", "foreground"] if len(labels) < 3 else [f"class_{i}" for i in labels]
@@ -165,7 +165,7 @@ class Course(Dataset):
 
 
 class Objective(nn.Module):
-    """Images (N, C, S, S) and masks (N, S, S), uint8 -> their loss; one module, so that DDP and the compiler see all."""
+    """Images (N, C, S, S) and masks (N, S, S), uint8 -> loss; one module, so that DDP and the compiler see it all."""
 
     def __init__(self, model: MSAUnet, supervision: str) -> None:
         super().__init__()
@@ -289,6 +289,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
     last = args.output.with_name(args.output.name + ".last.pt")
     free = ("data", "output", "workers", "compile", "dataset", "dataset_licence", "licence")  # may change on the way
     choices = {k: str(v) for k, v in vars(args).items() if k not in free}
+    choices["splits"] = hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:8]  # no test image may change sides
     state = {"choices": choices, "step": 0, "loss": 0.0, "seconds": 0.0, "history": [], "best": {}, "best_dice": -1.0}
     if last.exists():
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -344,8 +345,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
             continue
         state["step"] += 1
         done = (state["step"] - 1) % epoch + 1
-        if bar.update():
-            bar.set_postfix(loss=f"{loss.item() / done:.3f}", best_val_dice=f"{state['best_dice']:.3f}")
+        if bar.update():  # it is time to show it; every step would make a GPU wait
+            bar.set_postfix(loss=f"{loss.item() / done:.3f}", val_dice=[row[3] for row in state["history"][-1:]])
         stopped = accelerator.check_trigger()
         if done < epoch and not stopped:
             continue
