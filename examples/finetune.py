@@ -332,7 +332,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
     pace = 0.5 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(total=steps, initial=state["step"], mininterval=pace, disable=not accelerator.is_main_process)
     objective.train()
-    for i, (images, masks) in enumerate(loader, state["step"] * args.accumulate):
+    for i, (images, masks) in enumerate(loader if todo else (), state["step"] * args.accumulate):
         torch.manual_seed((args.seed << 32) + i * accelerator.num_processes + accelerator.process_index)  # for dropout
         with accelerator.accumulate(objective):
             part_loss = objective(images, masks)

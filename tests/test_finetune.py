@@ -308,6 +308,17 @@ def test_supervision(supervision):
     torch.testing.assert_close(finetune.Objective(model, supervision)(images, masks), expected)
 
 
+def test_synchronised_batch_norms_are_stored_as_the_usual_ones(tmp_path):
+    model = MSAUnet("resnet18", decoder_channels=(4,) * 5).eval()
+    x = torch.rand(1, 3, 40, 40)
+    with torch.no_grad():
+        expected = model(x)
+        synchronised = finetune.convert_sync_batchnorm(model)
+        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
+        synchronised.save_pretrained(tmp_path)
+        torch.testing.assert_close(MSAUnet.from_pretrained(tmp_path)(x), expected)
+
+
 def test_what_is_shown_depends_on_its_place_alone():
     masks = [torch.zeros(40, 50, dtype=torch.uint8) for _ in range(5)]
     for i, mask in enumerate(masks):
