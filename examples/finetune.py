@@ -435,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     many = accelerator.num_processes
-    launch = f"accelerate launch --num_processes {many}" if many > 1 else "python"
+    launch = f"torchrun --nproc-per-node {many}" if many > 1 else "python"
     try:
         if min(args.epochs, args.size, args.batch, args.accumulate) < 1 or args.batch % (args.accumulate * many):
             raise ConfigError(

@@ -198,7 +198,7 @@ def test_two_processes_in_two_passes_train_what_one_does(data, tmp_path):
     for name, tensor in one["model"].items():
         torch.testing.assert_close(two["model"][name], tensor, rtol=1e-5, atol=1e-5)  # a step is 1e-3
     assert two["history"][0][2] == pytest.approx(one["history"][0][2], abs=1e-5)
-    assert "accelerate launch --num_processes 2" in (tmp_path / "out2" / "README.md").read_text()
+    assert "torchrun --nproc-per-node 2 examples/finetune.py" in (tmp_path / "out2" / "README.md").read_text()
 
 
 def refusal(capsys, *arguments):
