@@ -1,0 +1,41 @@
+"""examples/finetune.py with batch norms that keep their statistics, which notes the gradients of every step.
+
+    python tests/finetune_recorded.py FOLDER_FOR_GRADIENTS [arguments of finetune.py]
+
+Batch statistics of half a batch are not those of the whole, and without CUDA there is no layer that shares them.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import finetune
+
+FOLDER = Path(sys.argv[1])
+
+
+class Recorder(torch.optim.AdamW):
+    steps = 0
+
+    def step(self, closure=None):
+        gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        torch.save(gradients, FOLDER / f"{os.environ.get('RANK', '0')}-{self.steps}.pt")
+        self.steps += 1
+        return super().step(closure)
+
+
+def train(self, mode=True, original=finetune.MSAUnet.train):
+    original(self, mode)
+    for module in self.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return self
+
+
+finetune.MSAUnet.train = train
+torch.optim.AdamW = Recorder
+finetune.main(sys.argv[2:])
