@@ -1,6 +1,7 @@
 """From an image of any common type to a segmentation: prepare, run, and read the result."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 25_000_000  # without tiles; the activations of a larger image do not fit common machines
 MIN_TILE = 32
-OVERLAP = 0.25  # of a window's side
+OVERLAP = 0.25  # of a window's side, or a little more
 # Okabe and Ito's colours, told apart by colour-blind readers; repeated from the start for more classes
 PALETTE = (
     (0, 158, 115), (230, 159, 0), (86, 180, 233), (213, 94, 0), (240, 228, 66), (0, 114, 178), (204, 121, 167),
@@ -194,12 +195,17 @@ def predict(
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a PNG, JPEG or TIFF file, turned upright if the camera noted an orientation.
+    """The picture in a PNG, JPEG, TIFF or DICOM file, turned upright if the camera noted an orientation.
 
     Raises:
         InputError: the file is missing, damaged, of another format, has several pages, or is absurdly large.
     """
     try:
+        with open(path, "rb") as start:
+            if start.read(132)[128:] == b"DICM":
+                from .dicom import read_dicom  # pydicom is an extra
+
+                return read_dicom(path)
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as file:
             pages = getattr(file, "n_frames", 1)
             if pages > 1:
@@ -210,9 +216,11 @@ def read_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError("there is no such file") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"it claims more pixels than any sane image has: {error}") from error
+        raise InputError(
+            f"it claims too many pixels to be read at once; msa_unet.predict_large reads a TIFF bit by bit: {error}"
+        ) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise InputError(f"not a readable PNG, JPEG or TIFF: {' '.join(str(error).split())}") from error
+        raise InputError(f"not a readable PNG, JPEG, TIFF or DICOM: {' '.join(str(error).split())}") from error
 
 
 def to_unit_range(image: Source, brightest: int | None = None) -> NDArray[np.float32]:
@@ -329,7 +337,7 @@ def window_rows(
 ) -> Iterator[NDArray[np.float32]]:
     """Probabilities (K, rows, W) of an image from the top down; the rows add up to its height.
 
-    Windows overlap by a quarter and are blended with Gaussian weights, along a strip by MONAI, from strip to strip
+    Windows overlap by a quarter or more and are blended with Gaussian weights, along a strip by MONAI, from strip to strip
     here: the weights are a product of one over rows and one over columns, so nothing but one strip is ever held.
 
     Args:
@@ -343,24 +351,26 @@ def window_rows(
     Raises:
         InputError: MONAI is not installed, `tile` is too small, or the image cannot be prepared for the network.
     """
-    monai = need("monai.inferers.utils"), need("monai.data.utils")
+    inferers, weighing = need("monai.inferers.utils", "predict"), need("monai.data.utils", "predict")
     if tile < MIN_TILE:
         raise InputError(f"tile is {tile}; windows need at least {MIN_TILE} pixels.")
     height, width = size
     high, wide = min(tile, height), min(tile, width)
-    across = monai[1].compute_importance_map((wide,), mode="gaussian").expand(high, wide)
-    down = monai[1].compute_importance_map((high,), mode="gaussian")[:, None]
+    across = weighing.compute_importance_map((wide,), mode="gaussian").expand(high, wide)
+    down = weighing.compute_importance_map((high,), mode="gaussian")[:, None]
     weighted, weights = torch.zeros(()), torch.zeros_like(down)
-    starts = [*range(0, height - high, int(tile * (1 - OVERLAP))), height - high]
+    # evenly spaced: beside a last window that was only pushed back a little, the border of the one before would count
+    down_step, across_step = even_step(height, high), even_step(width, wide)
+    starts = [*range(0, height - high, down_step), height - high]
     for top, following in pairwise([*starts, height]):
         x = prepare(read(slice(top, top + high)), model.config)
         with evaluating(model):
-            strip = monai[0].sliding_window_inference(
+            strip = inferers.sliding_window_inference(
                 x,
                 (high, wide),
                 batch,
                 partial(vote, model, tta=tta),
-                OVERLAP,
+                overlap=(0, 1 - (across_step + 0.5) / wide),  # whose interval is rounded down
                 roi_weight_map=across,
                 sw_device=next(model.parameters()).device,
                 device=x.device,
@@ -371,13 +381,19 @@ def window_rows(
         weighted, weights = (F.pad(t[..., done:, :], (0, 0, 0, done)) for t in (weighted, weights))
 
 
-def need(module: str) -> Any:
-    """A module of the `predict` extra."""
+def even_step(side: int, tile: int) -> int:
+    """Pixels from window to window along a side, so that the fewest windows that overlap enough end with it."""
+    steps = max(1, math.ceil((side - tile) / (tile * (1 - OVERLAP))))
+    return max(1, math.ceil((side - tile) / steps))
+
+
+def need(module: str, extra: str) -> Any:
+    """A module that only `pip install msa-unet[extra]` is sure to bring."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
-        raise InputError(f"Windows need {name}, which is not installed: pip install 'msa-unet[predict]'.") from error
+        raise InputError(f"This needs {name}, which is not installed: pip install 'msa-unet[{extra}]'.") from error
 
 
 def to_labels(probabilities: NDArray[np.float32], threshold: float) -> NDArray[Any]:

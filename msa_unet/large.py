@@ -43,7 +43,7 @@ def predict_large(
     Raises:
         InputError: the file or the array cannot be read by rows, or its values cannot be segmented.
     """
-    tifffile = need("tifffile")
+    tifffile = need("tifffile", "predict")
     check_threshold(threshold)
     if isinstance(image, (str, Path)):
         path = image
