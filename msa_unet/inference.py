@@ -337,8 +337,8 @@ def window_rows(
 ) -> Iterator[NDArray[np.float32]]:
     """Probabilities (K, rows, W) of an image from the top down; the rows add up to its height.
 
-    Windows overlap by a quarter or more and are blended with Gaussian weights, along a strip by MONAI, from strip to strip
-    here: the weights are a product of one over rows and one over columns, so nothing but one strip is ever held.
+    Windows overlap by a quarter or more and are blended with Gaussian weights, along a strip by MONAI, from strip to
+    strip here: the weights are a product of one over rows and one over columns, so only one strip is ever held.
 
     Args:
         model: as in `predict`.
