@@ -4,6 +4,7 @@ from .config import MSAUnetConfig
 from .encoders import list_encoders
 from .errors import CheckpointError, ConfigError, EncoderError, ExportError, InputError
 from .inference import Segmentation, predict
+from .large import predict_large
 from .model import MSAUnet
 from .registry import list_pretrained
 
@@ -19,4 +20,5 @@ __all__ = [
     "list_encoders",
     "list_pretrained",
     "predict",
+    "predict_large",
 ]

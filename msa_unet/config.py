@@ -47,6 +47,7 @@ class MSAUnetConfig:
     mean: tuple[float, ...] = ()  # empty for what the encoder's own weights expect
     std: tuple[float, ...] = ()
     input_size: tuple[int, int] | None = None  # (H, W) that the weights were trained at, for information
+    temperature: float = 1.0  # logits are divided by it before they become probabilities; fitted after training
     # what the output means and where the weights come from
     class_names: tuple[str, ...] = ()  # one per class; empty for "foreground", or "class_0", "class_1", ...
     licence: str = ""  # of the weights, an SPDX identifier
@@ -87,6 +88,8 @@ class MSAUnetConfig:
         if self.input_size is not None:
             for side in _tuple("input_size", self.input_size, int, 2):
                 _integer("input_size", side, 1 << 20)
+        if not _is_number(self.temperature) or self.temperature <= 0:
+            raise ConfigError(f"temperature is {_short(self.temperature)}; it must be a finite number above 0.")
         if self.class_names == ():
             names = ("foreground",) if self.num_classes == 1 else (f"class_{i}" for i in range(self.num_classes))
             object.__setattr__(self, "class_names", tuple(names))

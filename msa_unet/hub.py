@@ -454,5 +454,5 @@ def _adapted_config(
             )
     if not changes:
         return config
-    # the metrics and the file's digest are those of the network as it was stored
-    return replace(config, **changes, metrics={}, weights_sha256="")
+    # the metrics, the temperature and the file's digest are those of the network as it was stored
+    return replace(config, **changes, metrics={}, temperature=1.0, weights_sha256="")

@@ -1,13 +1,18 @@
 """From an image of any common type to a segmentation: prepare, run, and read the result."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -19,10 +24,14 @@ if TYPE_CHECKING:
     from .model import MSAUnet
 
 MAX_PIXELS = 25_000_000  # without tiles; the activations of a larger image do not fit common machines
+MIN_TILE = 32
+OVERLAP = 0.25  # of a window's side, or a little more
 # Okabe and Ito's colours, told apart by colour-blind readers; repeated from the start for more classes
 PALETTE = (
     (0, 158, 115), (230, 159, 0), (86, 180, 233), (213, 94, 0), (240, 228, 66), (0, 114, 178), (204, 121, 167),
 )  # fmt: skip
+
+SPACING = "spacing_mm"  # under which `read_image` keeps the size of a pixel in the `info` of a picture
 
 Source = NDArray[Any] | Image.Image | Tensor
 
@@ -34,29 +43,56 @@ class Segmentation:
     Attributes:
         labels: (H, W) uint8 (uint16 above 256 classes); the class index, or for K = 1: 1 foreground, 0 background.
         probabilities: (K, H, W) float32 in [0, 1]; softmax over classes, or for K = 1 the foreground's sigmoid.
-        uncertainty: (H, W) float32 in [0, 1]; the entropy of the class probabilities over its maximum.
         class_names: K names.
         image: (H, W, 3) uint8, the picture as the network saw it, for overlays.
+        spacing: millimetres from pixel to pixel, down and across, where the image says so (DICOM does).
     """
 
     labels: NDArray[Any]
     probabilities: NDArray[np.float32]
-    uncertainty: NDArray[np.float32]
     class_names: tuple[str, ...]
     image: NDArray[np.uint8]
+    spacing: tuple[float, float] | None = None
+
+    @cached_property
+    def uncertainty(self) -> NDArray[np.float32]:
+        """(H, W) float32 in [0, 1]; the entropy of the class probabilities over its maximum.
+
+        With `tta` the probabilities are a mean over views, so that places where the views differ count as uncertain.
+        """
+        p = self.probabilities
+        full = p if len(p) > 1 else np.concatenate([1 - p, p])
+        return np.asarray(-(full * np.log(np.clip(full, 1e-12, None))).sum(0) / np.log(len(full)), np.float32)
 
     @property
     def foreground(self) -> dict[int, str]:
         """Label -> class name, without the background: {1: the class} for K = 1, else classes 1 to K - 1."""
-        return (
-            dict(enumerate(self.class_names, 1))
-            if len(self.class_names) == 1
-            else dict(enumerate(self.class_names[1:], 1))
-        )
+        return foreground(self.class_names)
 
     def areas(self) -> dict[str, int]:
         """Pixels per foreground class."""
-        return {name: int((self.labels == label).sum()) for label, name in self.foreground.items()}
+        return areas(self.labels, self.class_names)
+
+    def areas_mm2(self) -> dict[str, float]:
+        """Square millimetres per foreground class.
+
+        Raises:
+            InputError: the image did not say how large its pixels are.
+        """
+        if self.spacing is None:
+            raise InputError("This image does not say how large its pixels are: areas() counts them.")
+        return {name: pixels * self.spacing[0] * self.spacing[1] for name, pixels in self.areas().items()}
+
+    def with_threshold(self, threshold: float) -> "Segmentation":
+        """The same probabilities of a network of one class, cut at another threshold; no network runs.
+
+        Raises:
+            InputError: `threshold` is not in (0, 1), or there are several classes, which need none.
+        """
+        if len(self.class_names) > 1:
+            raise InputError(f"A threshold is for networks of one class; this one has {len(self.class_names)}.")
+        check_threshold(threshold)
+        return replace(self, labels=to_labels(self.probabilities, threshold))
 
     def overlay(self, opacity: float = 0.35) -> Image.Image:
         """The picture with each foreground class tinted and outlined in its colour."""
@@ -83,11 +119,23 @@ class Segmentation:
 
 @overload
 def predict(
-    model: "MSAUnet", image: Source, *, threshold: float = ..., tile: int | None = ..., tta: bool = ...
+    model: "MSAUnet",
+    image: Source,
+    *,
+    threshold: float = ...,
+    tile: int | None = ...,
+    tta: bool = ...,
+    batch: int = ...,
 ) -> Segmentation: ...
 @overload
 def predict(
-    model: "MSAUnet", image: list[Source], *, threshold: float = ..., tile: int | None = ..., tta: bool = ...
+    model: "MSAUnet",
+    image: list[Source],
+    *,
+    threshold: float = ...,
+    tile: int | None = ...,
+    tta: bool = ...,
+    batch: int = ...,
 ) -> list[Segmentation]: ...
 def predict(
     model: "MSAUnet",
@@ -96,6 +144,7 @@ def predict(
     threshold: float = 0.5,
     tile: int | None = None,
     tta: bool = False,
+    batch: int = 1,
 ) -> Segmentation | list[Segmentation]:
     """Segment an image, prepared the way `model.config` says the network was trained.
 
@@ -104,55 +153,59 @@ def predict(
         image: an array (H, W) or (H, W, C), a PIL image, a tensor (C, H, W), or a list of them. uint8 and uint16 are
             scaled by their bit depth, floats must lie in [0, 1].
         threshold: foreground starts above this probability, in (0, 1); only for a network of one class.
-        tile: side in pixels of overlapping windows for large images (needs `pip install msa-unet[predict]`, MONAI).
+        tile: side in pixels of overlapping windows for large images (needs `pip install msa-unet[predict]`, MONAI);
+            `predict_large` is for images that do not fit in memory.
         tta: average over the eight flips and quarter turns, at eight times the cost.
+        batch: how many images of one size in a row of the list, or windows of one image, run together.
 
     Raises:
-        InputError: the image has a type, shape or values that cannot be segmented.
+        InputError: the image has a type, shape or values that cannot be segmented, or an option is out of range.
     """
-    if isinstance(image, list):
-        return [predict(model, item, threshold=threshold, tile=tile, tta=tta) for item in image]
-    config = model.config
-    if not 0 < threshold < 1:
-        raise InputError(f"threshold is {threshold}; it must lie between 0 and 1.")
-    pixels = to_unit_range(image)
-    height, width = pixels.shape[:2]
-    if tile is None and height * width > MAX_PIXELS:
-        raise InputError(
-            f"The image is {width} x {height} pixels: give tile=1024 (--tile 1024) to go through it in windows."
-        )
-    parameter = next(model.parameters())
-    x = prepare(pixels, config).to(parameter.device, parameter.dtype)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            views = _symmetries(x) if tta else [(x, _same)]
-            votes = [undo(_probabilities(_logits(model, view, tile))) for view, undo in views]
-            probabilities = torch.cat(votes).mean(0).cpu().numpy()
-    finally:
-        for module, training in modes:
-            module.training = training
-    full = probabilities if len(probabilities) > 1 else np.concatenate([1 - probabilities, probabilities])
-    labels = probabilities.argmax(0) if len(probabilities) > 1 else probabilities[0] > threshold
-    entropy = -(full * np.log(np.clip(full, 1e-12, None))).sum(0) / np.log(len(full))
-    picture = pixels[..., : 3 if pixels.shape[2] in (3, 4) else 1]  # without alpha
-    return Segmentation(
-        labels=labels.astype(np.uint8 if len(full) <= 256 else np.uint16),
-        probabilities=probabilities,
-        uncertainty=entropy.astype(np.float32),
-        class_names=config.class_names,
-        image=np.broadcast_to((picture * 255).round().astype(np.uint8), (height, width, 3)),
-    )
+    if not isinstance(image, list):
+        return predict(model, [image], threshold=threshold, tile=tile, tta=tta, batch=batch)[0]
+    check_threshold(threshold)
+    if batch < 1:
+        raise InputError(f"batch is {batch}; it is a number of images, at least 1.")
+    results = []
+    for (height, width, _), alike in groupby(map(to_unit_range, image), key=np.shape):
+        if tile is None and height * width > MAX_PIXELS:
+            raise InputError(
+                f"The image is {width} x {height} pixels: give tile=1024 (--tile 1024) to go through it in windows."
+            )
+        while pictures := list(islice(alike, 1 if tile else batch)):
+            if tile is None:
+                x = torch.cat([prepare(picture, model.config) for picture in pictures])
+                with evaluating(model):
+                    probabilities = vote(model, x, tta).cpu().numpy()
+            else:
+                rows = window_rows(model, pictures[0].__getitem__, (height, width), tile, tta, batch)
+                probabilities = np.concatenate(list(rows), 1)[None]
+            for picture, found in zip(pictures, probabilities, strict=True):
+                shown = picture[..., : 3 if picture.shape[2] in (3, 4) else 1]  # without alpha
+                results.append(
+                    Segmentation(
+                        labels=to_labels(found, threshold),
+                        probabilities=found,
+                        class_names=model.config.class_names,
+                        image=np.broadcast_to((shown * 255).round().astype(np.uint8), (height, width, 3)),
+                    )
+                )
+    spacings = [getattr(source, "info", {}).get(SPACING) for source in image]
+    return [replace(result, spacing=spacing) for result, spacing in zip(results, spacings, strict=True)]
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a PNG, JPEG or TIFF file, turned upright if the camera noted an orientation.
+    """The picture in a PNG, JPEG, TIFF or DICOM file, turned upright if the camera noted an orientation.
 
     Raises:
         InputError: the file is missing, damaged, of another format, has several pages, or is absurdly large.
     """
     try:
+        with open(path, "rb") as start:
+            if start.read(132)[128:] == b"DICM":
+                from .dicom import read_dicom  # pydicom is an extra
+
+                return read_dicom(path)
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as file:
             pages = getattr(file, "n_frames", 1)
             if pages > 1:
@@ -163,16 +216,22 @@ def read_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError("there is no such file") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"it claims more pixels than any sane image has: {error}") from error
+        raise InputError(
+            f"it claims too many pixels to be read at once; msa_unet.predict_large reads a TIFF bit by bit: {error}"
+        ) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise InputError(f"not a readable PNG, JPEG or TIFF: {' '.join(str(error).split())}") from error
+        raise InputError(f"not a readable PNG, JPEG, TIFF or DICOM: {' '.join(str(error).split())}") from error
 
 
-def to_unit_range(image: Source) -> NDArray[np.float32]:
+def to_unit_range(image: Source, brightest: int | None = None) -> NDArray[np.float32]:
     """Any image as (H, W, C) float32 in [0, 1]; alpha and palettes are resolved.
 
     uint8 is divided by 255. uint16 is divided by the largest value of the bit depth in use (8, 10, 12, 14 or 16, told
     by the brightest pixel), since cameras store 12-bit pictures in 16-bit files.
+
+    Args:
+        image: see `predict`.
+        brightest: its largest value, where `image` is only a part of a uint16 picture.
 
     Raises:
         InputError: another type or rank, an empty image, or floats outside [0, 1].
@@ -180,7 +239,9 @@ def to_unit_range(image: Source) -> NDArray[np.float32]:
     if isinstance(image, Image.Image):
         pixels = _pil_array(image)
     elif isinstance(image, Tensor):
-        pixels = np.moveaxis(image.detach().cpu().numpy(), 0, -1) if image.ndim == 3 else image.detach().cpu().numpy()
+        tensor = image.detach().cpu()
+        pixels = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
     else:
         pixels = np.asarray(image)
     if pixels.ndim == 2:
@@ -190,7 +251,7 @@ def to_unit_range(image: Source) -> NDArray[np.float32]:
     if pixels.dtype == np.uint8:
         return np.asarray(pixels / np.float32(255))
     if pixels.dtype == np.uint16:
-        brightest = int(pixels.max())
+        brightest = int(pixels.max()) if brightest is None else brightest
         depth = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 1 << bits)
         return np.asarray(pixels / np.float32((1 << depth) - 1))
     if not np.issubdtype(pixels.dtype, np.floating):
@@ -240,40 +301,126 @@ def _pil_array(image: Image.Image) -> NDArray[Any]:
     return np.asarray(image.convert("L" if grey else "RGB"))
 
 
-def _logits(model: "MSAUnet", x: Tensor, tile: int | None) -> Tensor:
-    logits: Tensor
-    if tile is None:
-        logits = model(x)
-        return logits
+@contextmanager
+def evaluating(model: "MSAUnet") -> Iterator[None]:
+    """The network in eval mode and without gradients; afterwards each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        from monai.inferers.utils import sliding_window_inference
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def vote(model: "MSAUnet", x: Tensor, tta: bool) -> Tensor:
+    """Prepared images (N, C, H, W) -> probabilities (N, K, H, W) in float32, a mean over the views if `tta`."""
+    views = [(flip, turns) for flip in (False, True) for turns in range(4)] if tta else [(False, 0)]
+    parameter = next(model.parameters())
+    x = x.to(parameter.device, parameter.dtype)
+    total: Tensor | float = 0.0
+    for flip, turns in views:
+        logits = model((x.flip(3) if flip else x).rot90(turns, (2, 3))).float() / model.config.temperature
+        probabilities = (logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)).rot90(-turns, (2, 3))
+        total = total + (probabilities.flip(3) if flip else probabilities)
+    return torch.as_tensor(total / len(views))
+
+
+def window_rows(
+    model: "MSAUnet",
+    read: Callable[[slice], NDArray[np.float32]],
+    size: tuple[int, int],
+    tile: int,
+    tta: bool,
+    batch: int,
+) -> Iterator[NDArray[np.float32]]:
+    """Probabilities (K, rows, W) of an image from the top down; the rows add up to its height.
+
+    Windows overlap by a quarter or more and are blended with Gaussian weights, along a strip by MONAI, from strip to
+    strip here: the weights are a product of one over rows and one over columns, so only one strip is ever held.
+
+    Args:
+        model: as in `predict`.
+        read: rows of the image -> (rows, W, C) in [0, 1].
+        size: (H, W).
+        tile: side of the windows; an image that is smaller is one window.
+        tta: see `predict`, for each window.
+        batch: how many windows run together.
+
+    Raises:
+        InputError: MONAI is not installed, `tile` is too small, or the image cannot be prepared for the network.
+    """
+    inferers, weighing = need("monai.inferers.utils", "predict"), need("monai.data.utils", "predict")
+    if tile < MIN_TILE:
+        raise InputError(f"tile is {tile}; windows need at least {MIN_TILE} pixels.")
+    height, width = size
+    high, wide = min(tile, height), min(tile, width)
+    across = weighing.compute_importance_map((wide,), mode="gaussian").expand(high, wide)
+    down = weighing.compute_importance_map((high,), mode="gaussian")[:, None]
+    weighted, weights = torch.zeros(()), torch.zeros_like(down)
+    # evenly spaced: beside a last window that was only pushed back a little, the border of the one before would count
+    down_step, across_step = even_step(height, high), even_step(width, wide)
+    starts = [*range(0, height - high, down_step), height - high]
+    for top, following in pairwise([*starts, height]):
+        x = prepare(read(slice(top, top + high)), model.config)
+        with evaluating(model):
+            strip = inferers.sliding_window_inference(
+                x,
+                (high, wide),
+                batch,
+                partial(vote, model, tta=tta),
+                overlap=(0, 1 - (across_step + 0.5) / wide),  # whose interval is rounded down
+                roi_weight_map=across,
+                sw_device=next(model.parameters()).device,
+                device=x.device,
+            )[0]
+        weighted, weights = weighted + down * strip, weights + down
+        done = following - top
+        yield (weighted[:, :done] / weights[:done]).numpy()
+        weighted, weights = (F.pad(t[..., done:, :], (0, 0, 0, done)) for t in (weighted, weights))
+
+
+def even_step(side: int, tile: int) -> int:
+    """Pixels from window to window along a side, so that the fewest windows that overlap enough end with it."""
+    steps = max(1, math.ceil((side - tile) / (tile * (1 - OVERLAP))))
+    return max(1, math.ceil((side - tile) / steps))
+
+
+def need(module: str, extra: str) -> Any:
+    """A module that only `pip install msa-unet[extra]` is sure to bring."""
+    try:
+        return importlib.import_module(module)
     except ImportError as error:
-        raise InputError("tile needs MONAI's sliding windows: pip install 'msa-unet[predict]'.") from error
-    # a tensor, since the model returns one; MONAI states the union of all it could be
-    logits = sliding_window_inference(x, (tile, tile), 4, model, overlap=0.25, mode="gaussian")  # type: ignore[assignment]
-    return logits
+        name = module.partition(".")[0]
+        raise InputError(f"This needs {name}, which is not installed: pip install 'msa-unet[{extra}]'.") from error
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    logits = logits.float()
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+def to_labels(probabilities: NDArray[np.float32], threshold: float) -> NDArray[Any]:
+    """(K, H, W) -> (H, W): the likeliest class, or for K = 1 whether it is likelier than `threshold`."""
+    if len(probabilities) == 1:
+        return np.asarray(probabilities[0] > threshold, np.uint8)
+    return np.asarray(probabilities.argmax(0), np.uint8 if len(probabilities) <= 256 else np.uint16)
 
 
-def _symmetries(x: Tensor) -> Iterator[tuple[Tensor, Any]]:
-    """The eight flips and quarter turns of `x`, each with the function that undoes it on the output."""
-    for flip in (False, True):
-        flipped = x.flip(3) if flip else x
-        for turns in range(4):
-            yield flipped.rot90(turns, (2, 3)), partial(_undo, flip=flip, turns=turns)
+def foreground(class_names: tuple[str, ...]) -> dict[int, str]:
+    """See `Segmentation.foreground`."""
+    return dict(enumerate(class_names if len(class_names) == 1 else class_names[1:], 1))
 
 
-def _same(y: Tensor) -> Tensor:
-    return y
+def areas(labels: NDArray[Any], class_names: tuple[str, ...]) -> dict[str, int]:
+    """See `Segmentation.areas`; one row at a time, since `labels` may lie on the disk."""
+    classes = foreground(class_names)
+    counts = np.zeros(1 + max(classes), np.int64)
+    for row in labels:
+        counts += np.bincount(row, minlength=len(counts))
+    return {name: int(counts[label]) for label, name in classes.items()}
 
 
-def _undo(y: Tensor, flip: bool, turns: int) -> Tensor:
-    y = y.rot90(-turns, (2, 3))
-    return y.flip(3) if flip else y
+def check_threshold(threshold: float) -> None:
+    """Raise `InputError` unless `threshold` is a probability to cut at."""
+    if not 0 < threshold < 1:
+        raise InputError(f"threshold is {threshold}; it must lie between 0 and 1.")
 
 
 def _colour(label: int) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """What every part of the network is made of: the convolution block, the bilinear resize, and the safe precision."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def whole(count: int, least: int) -> int:
+def whole(count: int | torch.SymInt, least: int) -> int:
     """`count`, a whole number from `least` up; under `torch.export` a symbol of its own.
 
     Sizes in the graph are then products such as 32 u, which divide evenly. As nested roundings of the image's height
@@ -46,9 +47,9 @@ def whole(count: int, least: int) -> int:
     """
     if not isinstance(count, torch.SymInt):
         return count
-    symbol = torch.tensor(count).item()
+    symbol: Any = torch.tensor(count).item()
     torch._check(symbol >= least)
-    return symbol
+    return symbol  # type: ignore[no-any-return] # SymInt
 
 
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:

@@ -13,7 +13,9 @@ from msa_unet import ConfigError, MSAUnet, MSAUnetConfig
         MSAUnetConfig(),
         MSAUnetConfig("resnet18", in_channels=1, num_classes=3, class_names=("void", "liver", "tumour")),
         MSAUnetConfig("vit_tiny_patch16_224.augreg_in21k", encoder_kwargs={"drop_rate": 0.1, "img_size": [64, 48]}),
-        MSAUnetConfig(input_size=(192, 256), metrics={"test_dice": 0.9}, decoder_channels=(8, 16, 32, 64)),
+        MSAUnetConfig(
+            input_size=(192, 256), temperature=1.5, metrics={"test_dice": 0.9}, decoder_channels=(8, 16, 32, 64)
+        ),
     ],
 )
 def test_round_trip_through_json(config):
@@ -52,6 +54,8 @@ def test_defaults_follow_the_encoder():
         ({"mean": [0.5]}, "3 entries"),
         ({"std": [0.5, 0.5, 0]}, "above 0"),
         ({"mean": [float("nan")] * 3}, "finite"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": "warm"}, "temperature is 'warm'"),
         ({"input_size": [192]}, "2 entries"),
         ({"num_classes": 2, "class_names": ["a", "a"]}, "repeats a name"),
         ({"class_names": ["a", "b"]}, "1 entries"),

@@ -1,5 +1,7 @@
 """From images of every common type to a segmentation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,9 @@ def test_every_type_of_one_picture_gives_one_result(model):
     ]
     for image in same:
         assert np.allclose(predict(model, image).probabilities, wanted.probabilities, atol=1e-5)
+    rounded = torch.from_numpy(COLOUR).permute(2, 0, 1).to(torch.bfloat16) / 255
+    exact = predict(model, rounded.float()).probabilities
+    assert np.array_equal(predict(model, rounded).probabilities, exact)
     grey = predict(model, GREY)
     for image in (GREY[..., None], np.repeat(GREY[..., None], 3, 2), Image.fromarray(GREY), torch.from_numpy(GREY)):
         assert np.allclose(predict(model, image).probabilities, grey.probabilities, atol=1e-5)
@@ -102,12 +107,55 @@ def test_views_are_undone_exactly(model):
     assert np.allclose(whole[:, ::-1], mirrored, atol=1e-5)
 
 
-def test_tiles(model):
-    pytest.importorskip("monai")
-    big = rng.integers(0, 256, (150, 170, 3), dtype=np.uint8)
-    result = predict(model, big, tile=96)
-    assert result.labels.shape == (150, 170)
-    assert np.allclose(predict(model, COLOUR, tile=96).probabilities.shape, (1, 40, 50))
+def test_batches_are_the_images_one_by_one(classes):
+    images = [COLOUR, COLOUR[::-1].copy(), GREY[:20, :20], GREY[20:, :20], COLOUR[:, ::-1].copy()]
+    calls = []
+    handle = classes.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    results = predict(classes, images, batch=2)
+    handle.remove()
+    assert calls == [2, 2, 1]
+    for image, result in zip(images, results, strict=True):
+        assert np.allclose(result.probabilities, predict(classes, image).probabilities, atol=1e-5)
+    with pytest.raises(InputError, match="batch is 0"):
+        predict(classes, images, batch=0)
+
+
+def test_tta_is_the_mean_and_disagreement_is_uncertain(model):
+    views = [np.rot90(COLOUR[:, ::-1] if flip else COLOUR, k) for flip in (False, True) for k in range(4)]
+    votes = [predict(model, view.copy()).probabilities[0] for view in views]
+    undone = [np.rot90(v, -k)[:, :: -1 if flip else 1] for v, (flip, k) in zip(votes, np.ndindex(2, 4), strict=True)]
+    result = predict(model, COLOUR, tta=True)
+    assert np.allclose(result.probabilities[0], np.mean(undone, 0), atol=1e-5)
+    single = predict(model, COLOUR).uncertainty
+    assert result.uncertainty.mean() > np.mean([predict(model, view.copy()).uncertainty.mean() for view in views])
+    assert not np.allclose(result.uncertainty, single, atol=1e-4)
+
+
+def test_temperature(model, classes):
+    for network in (model, classes):
+        logits = np.log(predict(network, COLOUR).probabilities)
+        config = network.config
+        network.config = replace(config, temperature=2.0)
+        soft = predict(network, COLOUR)
+        network.config = config
+        if network is classes:
+            wanted = np.exp(logits / 2) / np.exp(logits / 2).sum(0)
+        else:
+            p = np.exp(logits)
+            wanted = 1 / (1 + np.sqrt((1 - p) / p))
+        assert np.allclose(soft.probabilities, wanted, atol=1e-4)
+        assert np.array_equal(soft.labels, predict(network, COLOUR).labels)
+
+
+def test_another_threshold_runs_no_network(model, classes):
+    result = predict(model, COLOUR)
+    threshold = float(np.median(result.probabilities))
+    assert np.array_equal(result.with_threshold(threshold).labels, predict(model, COLOUR, threshold=threshold).labels)
+    assert 0 < result.with_threshold(threshold).areas()["cell"] < COLOUR[..., 0].size
+    with pytest.raises(InputError, match=r"threshold is 1\.5"):
+        result.with_threshold(1.5)
+    with pytest.raises(InputError, match="this one has 3"):
+        predict(classes, COLOUR).with_threshold(0.5)
 
 
 def test_overlay_and_label_image(classes):
