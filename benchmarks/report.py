@@ -12,8 +12,8 @@ percentile bootstraps: of a mean over images and seeds, of a difference over ima
 method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
 
 A block `<!-- speed:begin ENCODER -->` to `<!-- speed:end -->` holds times and memory at that encoder, float32, one
-image of 512x512, from benchmarks/results/speed.json: the fastest of all rounds, and behind it MSA-Unet's time as a
-share of that network's, median of the pairs of one round and the range of their middle 80 %.
+image of 512x512 (two in a train step), from benchmarks/results/speed.json: the fastest of all rounds, and behind it
+MSA-Unet's time as a share of that network's, median of the pairs of one round and the range of their middle 80 %.
 
 Plots need matplotlib.
 """
@@ -132,7 +132,7 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
         lines = [
             ["variant", "seeds", *(METRICS[m] for m in metrics), f"Dice of {reference} minus its", "verdict"]
             + ["M parameters", "GMAC"]
-            + [f"{what} at {SPEED_SIZE}x{SPEED_SIZE}, ms" for what in ("train step", "inference")]
+            + [f"{what} at {SPEED_SIZE}x{SPEED_SIZE}, ms" for what in ("train step on two", "inference")]
         ]
         lines.append(["---"] * len(lines[0]))
         for variant in order:
@@ -175,11 +175,12 @@ def read_times(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def speed_rows(folder: Path, encoder: str) -> list[dict[str, Any]]:
-    """What speed.py found for one encoder at the size of the tables, one image, float32."""
+    """What speed.py found for one encoder at the size of the tables, float32: one image, or a train step on two."""
     path = folder / "speed.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    wanted = {"encoder": encoder, "size": SPEED_SIZE, "batch": 1, "dtype": "float32", "device": "cpu"}
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    wanted = {"encoder": encoder, "size": SPEED_SIZE, "dtype": "float32", "device": "cpu"}
+    rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return [row for row in rows if row["batch"] == {"inference": 1, "train": 2}[row["mode"]]]
 
 
 def speed_table(folder: Path, encoder: str) -> str:

@@ -71,10 +71,13 @@ def results(tmp_path: Path) -> Path:
             accuracy.record(folder / "squares.csv", rows)
             run = {"data_set": "squares"} | key | {"parameters": 1_234_567, "gmac": 0.5, "steps": 20}
             accuracy.record(folder / "runs.csv", [run])
-    cell = {"encoder": report.ENCODER, "size": report.SPEED_SIZE, "batch": 1, "engine": "eager", "dtype": "float32"}
+    cell = {"encoder": report.ENCODER, "size": report.SPEED_SIZE, "engine": "eager", "dtype": "float32"}
     cell |= {"device": "cpu", "contender": "unet", "parameters": 1_234_567, "gmac": 5.5, "peak_mb": 321.4}
     cell |= {"ratio": 0.6, "ratio_range": [0.55, 0.7]}
-    speed = [cell | {"mode": "train", "fastest_ms": 812.3}, cell | {"mode": "inference", "fastest_ms": 151.7}]
+    speed = [
+        cell | {"mode": "train", "batch": 2, "fastest_ms": 812.3},
+        cell | {"mode": "inference", "batch": 1, "fastest_ms": 151.7},
+    ]
     speed += [row | {"contender": "msa", "ratio": 1.0, "ratio_range": [1.0, 1.0]} for row in speed]
     (folder.parent / "speed.json").write_text(json.dumps(speed))
     return folder
@@ -89,7 +92,7 @@ def test_tables(results: Path):
     assert report.rebuild(text, results) == text
     head, _, msa, manet, unet = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
     assert "clDice" not in head
-    assert head[-4:] == ["M parameters", "GMAC", "train step at 512x512, ms", "inference at 512x512, ms |"]
+    assert head[-4:] == ["M parameters", "GMAC", "train step on two at 512x512, ms", "inference at 512x512, ms |"]
     assert msa[:2] == ["| msa", "2"]
     assert msa[3:5] == ["50.0 (50.0 to 50.0)", "25.0 (25.0 to 25.0)"]
     assert manet[6].startswith("not separable")
