@@ -329,6 +329,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
     signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
     start = time.perf_counter() - state["seconds"]
     loss = torch.tensor(state["loss"], device=accelerator.device)  # the sum of the epoch's steps so far
+    dice = state["history"][-1][3] if state["history"] else float("nan")
     pace = 0.5 if sys.stderr.isatty() else 30  # seconds
     bar = tqdm(total=steps, initial=state["step"], mininterval=pace, disable=not accelerator.is_main_process)
     objective.train()
@@ -346,7 +347,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
         state["step"] += 1
         done = (state["step"] - 1) % epoch + 1
         if bar.update():  # it is time to show it; every step would make a GPU wait
-            bar.set_postfix(loss=f"{loss.item() / done:.3f}", val_dice=[row[3] for row in state["history"][-1:]])
+            bar.set_postfix(loss=f"{loss.item() / done:.3f}", val_dice=f"{dice:.3f}")
         stopped = accelerator.check_trigger()
         if done < epoch and not stopped:
             continue
