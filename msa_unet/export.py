@@ -118,6 +118,8 @@ def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") ->
     image = torch.zeros(2, model.config.in_channels, 90, 150)  # unlike sides: equal ones would be taken to be so always
     with _naming(model, "be exported"), torch.no_grad(), _whole_number_padding():
         network = _Network(model, getattr(torch, dtype))
+        if least > 1:  # then nothing is ever padded, and the graph need not say so
+            network.model.encoder.frame = lambda height, width: (height, width)  # type: ignore[method-assign]
         return torch.export.export(network, (image,), dynamic_shapes={"image": shapes}, strict=False)
 
 
@@ -220,7 +222,10 @@ def _write_onnx(program: ExportedProgram, path: Path, properties: dict[str, Any]
 
 
 def _quantise(proto: Any, images: Sequence[Tensor]) -> Any:
-    """Static quantisation: 8-bit weights per channel, 8-bit activations within the ranges that `images` give them."""
+    """Static quantisation: 8-bit weights per channel, 8-bit activations within the ranges that `images` give them.
+
+    The attention stays in float32: 8 bits cannot hold a softmax over all positions of an image.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -234,8 +239,14 @@ def _quantise(proto: Any, images: Sequence[Tensor]) -> Any:
             return None if image is None else {"image": image.numpy()}
 
     with TemporaryDirectory() as folder:
-        prepared, quantised = f"{folder}/prepared.onnx", f"{folder}/quantised.onnx"
-        quant_pre_process(proto, prepared, skip_symbolic_shape=True)
+        float32, prepared, quantised = (f"{folder}/{name}.onnx" for name in ("float32", "prepared", "quantised"))
+        onnx.save(proto, float32)
+        quant_pre_process(float32, prepared, skip_symbolic_shape=True)
+        attention = [
+            node.name
+            for node in onnx.load(prepared).graph.node
+            if any("decoder.attention" in origin.value for origin in node.metadata_props)
+        ]
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(prepared, quantised, Reader(), per_channel=True, **kinds)
+        quantize_static(prepared, quantised, Reader(), nodes_to_exclude=attention, per_channel=True, **kinds)
         return onnx.load(quantised)
