@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import EncoderError
-from .layers import conv_bn_relu, double_conv, may_differ, resize, whole
+from .layers import conv_bn_relu, double_conv, may_differ, resize
 from .loading import mismatches, shapes
 
 
@@ -71,7 +71,7 @@ class MSAEncoder(nn.Module):
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
         # four poolings need 16 pixels; nothing else is padded, the resizes make odd sizes meet again
-        return whole(torch.sym_max(height, 16), 16), whole(torch.sym_max(width, 16), 16)
+        return torch.sym_max(height, 16), torch.sym_max(width, 16)  # type: ignore[return-value] # SymInt when traced
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
@@ -217,8 +217,8 @@ class Plan:
 
     def units(self, side: int, unit: int) -> int:
         """How many units come nearest to `side` scaled to the backbone's strides."""
-        scaled, one = side * self.numerator, unit * self.denominator
-        return whole(torch.sym_max((2 * scaled + one) // (2 * one), 1), 1)
+        scaled, whole = side * self.numerator, unit * self.denominator
+        return torch.sym_max((2 * scaled + whole) // (2 * whole), 1)  # type: ignore[return-value] # SymInt when traced
 
 
 @cache
@@ -276,7 +276,9 @@ def _nearest_level(reduction: int) -> int:
 
 
 def _frame(side: int, stride: int) -> int:
-    return whole(torch.sym_max((side + stride - 1) // stride, 3), 3) * stride
+    # a multiple of `stride` as it stands: torch.export can then divide it by two as often as the network does
+    count: int = torch.sym_max((side + stride - 1) // stride, 3)  # type: ignore[assignment] # SymInt when traced
+    return count * stride
 
 
 def _split(x: Tensor, rows: int, cols: int) -> Tensor:

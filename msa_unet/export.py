@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -105,16 +106,20 @@ def metadata(config: "MSAUnetConfig") -> dict[str, Any]:
 
 
 def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") -> ExportedProgram:
-    """The graph of `model`, fused, for any batch, height and width from 1 up.
+    """The graph of `model`, fused, for any batch, height and width; those of the published network from 32 up.
 
     Raises:
         ExportError: the encoder does something that depends on the size in a way that no graph can hold.
     """
-    network = _Network(model, getattr(torch, dtype))
-    # two unlike sides and a batch of two: what is equal, or 1, would be taken to be so for ever
-    image = torch.zeros(2, model.config.in_channels, 90, 150)
-    shapes = {axis: Dim(name, min=1) for axis, name in AXES.items()}
+    coarsest = model.encoder.strides[-1]
+    # a graph takes a side of 1 to be special, and that of the coarsest level must not become 1 for some images only
+    least = 1 if min(model.encoder.frame(1, 1)) > coarsest else 2 * coarsest
+    shapes = {0: Dim("batch"), 2: Dim("height", min=least), 3: Dim("width", min=least)}
+    image = torch.zeros(2, model.config.in_channels, 90, 150)  # unlike sides: equal ones would be taken to be so always
     with _naming(model, "be exported"), torch.no_grad(), _whole_number_padding():
+        network = _Network(model, getattr(torch, dtype))
+        if least > 1:  # then nothing is ever padded, and the graph need not say so
+            network.model.encoder.frame = lambda height, width: (height, width)  # type: ignore[method-assign]
         return torch.export.export(network, (image,), dynamic_shapes={"image": shapes}, strict=False)
 
 
@@ -128,9 +133,12 @@ class _Network(nn.Module):
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
-        logits: Tensor = self.model(image.to(self.dtype))
-        # a copy, since the compiler takes no view of unknown strides, which the cropped frame is, for an output
-        return logits.float().clone(memory_format=torch.contiguous_format)
+        height, width = image.shape[2:]
+        rows, columns = self.model.encoder.frame(height, width)
+        framed = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
+        logits: Tensor = self.model(framed.to(self.dtype)).float()
+        # not a slice, whose end a tracer would want to compare with the frame
+        return logits.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
 
 
 @contextmanager
@@ -186,14 +194,9 @@ def _texts(properties: dict[str, Any]) -> dict[str, str]:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, properties: dict[str, Any]) -> None:
-    options = {
-        "aot_inductor.metadata": _texts(properties),
-        # turned to channels last, convolutions are taken to give contiguous outputs where sizes are symbols, and do not
-        "layout_optimization": False,
-    }
     with TemporaryDirectory() as folder:
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=f"{folder}/model.pt2", inductor_configs=options
+            program, package_path=f"{folder}/model.pt2", inductor_configs={"aot_inductor.metadata": _texts(properties)}
         )
         _check(torch._inductor.aoti_load_package(package), program)
         path.write_bytes(Path(package).read_bytes())
@@ -219,7 +222,10 @@ def _write_onnx(program: ExportedProgram, path: Path, properties: dict[str, Any]
 
 
 def _quantise(proto: Any, images: Sequence[Tensor]) -> Any:
-    """Static quantisation: 8-bit weights per channel, 8-bit activations within the ranges that `images` give them."""
+    """Static quantisation: 8-bit weights per channel, 8-bit activations within the ranges that `images` give them.
+
+    The attention stays in float32: 8 bits cannot hold a softmax over all positions of an image.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -233,8 +239,14 @@ def _quantise(proto: Any, images: Sequence[Tensor]) -> Any:
             return None if image is None else {"image": image.numpy()}
 
     with TemporaryDirectory() as folder:
-        prepared, quantised = f"{folder}/prepared.onnx", f"{folder}/quantised.onnx"
-        quant_pre_process(proto, prepared, skip_symbolic_shape=True)
+        float32, prepared, quantised = (f"{folder}/{name}.onnx" for name in ("float32", "prepared", "quantised"))
+        onnx.save(proto, float32)
+        quant_pre_process(float32, prepared, skip_symbolic_shape=True)
+        attention = [
+            node.name
+            for node in onnx.load(prepared).graph.node
+            if any("decoder.attention" in origin.value for origin in node.metadata_props)
+        ]
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        quantize_static(prepared, quantised, Reader(), per_channel=True, **kinds)
+        quantize_static(prepared, quantised, Reader(), nodes_to_exclude=attention, per_channel=True, **kinds)
         return onnx.load(quantised)

@@ -1,7 +1,6 @@
 """What every part of the network is made of: the convolution block, the bilinear resize, and the safe precision."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,21 +38,8 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def whole(count: int | torch.SymInt, least: int) -> int:
-    """`count`, a whole number from `least` up; under `torch.export` a symbol of its own.
-
-    Sizes in the graph are then products such as 32 u, which divide evenly. As nested roundings of the image's height
-    they grow with every layer, until tracing takes hours.
-    """
-    if not isinstance(count, torch.SymInt):
-        return count
-    symbol: Any = torch.tensor(count).item()
-    torch._check(symbol >= least)
-    return symbol  # type: ignore[no-any-return] # SymInt
-
-
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two sizes differ; under `torch.export`, whether they do for some image."""
+    """Whether two sizes differ; under `torch.export`, whether they do for any image."""
     if not any(isinstance(side, torch.SymInt) for side in (*size, *other)):
         return tuple(size) != tuple(other)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and only needed here

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAME = "tf_efficientnet_lite0.dsb2018"
-SIZES = [(1, 96, 128), (2, 64, 64), (3, 160, 32), (1, 70, 91), (2, 33, 47), (1, 1, 1)]  # batch, height, width
+SIZES = [(1, 96, 128), (2, 64, 64), (3, 160, 32), (1, 70, 91), (2, 33, 47), (1, 32, 200), (1, 1, 1)]  # N, H, W
 PICTURE = np.asarray(Image.open(ROOT / "examples" / "ihc.png").convert("RGB"))
 
 
@@ -44,7 +44,7 @@ def onnx_session(path):
 
 def check(run, model, tolerance):
     generator = torch.Generator().manual_seed(0)
-    for n, *size in SIZES:
+    for n, *size in SIZES[:-1] if model.config.encoder == "msa" else SIZES:  # that one from 32 up
         x = torch.randn(n, model.config.in_channels, *size, generator=generator)
         with torch.no_grad():
             wanted = model(x)
@@ -65,7 +65,7 @@ def nuclei_onnx(nuclei, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("encoder", ["msa", "resnet10t", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("encoder", ["msa", "resnet10t", "vit_tiny_patch16_224", "convnext_atto"])
 def test_one_graph_for_all_sizes(encoder):
     model = tiny(encoder)
     check(trace(model).module(), model, 1e-4)
