@@ -85,7 +85,7 @@ def run_predict(args: argparse.Namespace) -> int:
         return _complain(f"--threshold is for models of one class; {args.model} has {model.config.num_classes}.")
     options = {"threshold": args.threshold or 0.5, "tile": args.tile, "tta": args.tta, "batch": args.batch}
     kinds = {"overlay": args.overlay, "probabilities": args.probabilities}
-    done = [stem for stem in jobs if not args.overwrite and all(path.exists() for path in results_of(stem, **kinds))]
+    done = {stem for stem in jobs if not args.overwrite and all(path.exists() for path in results_of(stem, **kinds))}
     if done:
         tqdm.write(
             f"msa-unet: {len(done)} images have their results already (--overwrite does them again).", sys.stderr

@@ -58,7 +58,12 @@ def _windowed(values: Any, dataset: Any) -> Any:
             low, high = pixels.apply_windowing(np.array([-1e9, 1e9]), dataset)
         values = pixels.apply_windowing(values, dataset)
     elif "VOILUTSequence" in dataset:
-        low, high = 0, 2 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1
+        count, first, bits = dataset.VOILUTSequence[0].LUTDescriptor
+        count = count or 1 << 16
+        if count > 1 << bits:  # pydicom would look up the index modulo 256
+            raise InputError(f"its VOI LUT has {count} entries of {bits} bits: export it with a window instead")
+        values = np.clip(np.rint(values).astype(np.int64), first, first + count - 1)
+        low, high = 0, (1 << bits) - 1
         values = pixels.apply_voi(values, dataset)
     else:
         low, high = values.min(), values.max()

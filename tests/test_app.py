@@ -149,14 +149,19 @@ def test_a_wrong_file_is_told_and_clears_the_results(page, tmp_path):
 
 
 def test_an_example_is_segmented(page):
-    wait(page, lambda: page.find_elements(By.XPATH, "//*[contains(text(), 'ihc.png')]"))[0].click()
+    wait(page, lambda: page.find_elements(By.XPATH, "//button[contains(., 'ihc.png')]"))[0].click()
     wait(page, lambda: "512 x 512 pixels" in status(page))
 
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(page):
-    for selector in ("#threshold input[type=range]", "#threshold input[type=number]", "input[role=listbox]"):
-        element = page.find_element(By.CSS_SELECTOR, selector)
-        assert element.accessible_name, selector
+    controls = page.find_elements(By.CSS_SELECTOR, "input:not([type=file]), button, a[href]")
+    controls = [control for control in controls if control.is_displayed()]
+    assert len(controls) >= 6
+    nameless = [control.get_attribute("outerHTML")[:200] for control in controls if not control.accessible_name]
+    assert not nameless
+    names = " ".join(control.accessible_name for control in controls)
+    for name in ("Checkpoint", "Threshold", "Download mask", "Download overlay", "ihc.png"):
+        assert name in names, names
     reached = set()
     page.find_element(By.TAG_NAME, "body").click()
     for _ in range(30):

@@ -450,3 +450,11 @@ def test_an_unknown_encoder_of_a_newer_timm_is_a_typed_error(saved: tuple[MSAUne
     (saved[1] / "config.json").write_text(json.dumps({**config, "encoder": "resnet35"}))
     with pytest.raises((ConfigError, EncoderError), match="resnet35"):
         MSAUnet.from_pretrained(saved[1])
+
+
+def test_a_temperature_holds_for_the_classes_it_was_fitted_to(tmp_path):
+    model = MSAUnet("resnet10t", decoder_channels=(8,) * 5, class_names=["cell"])
+    model.config = replace(model.config, temperature=1.5)
+    model.save_pretrained(tmp_path)
+    assert MSAUnet.from_pretrained(tmp_path).config.temperature == 1.5
+    assert MSAUnet.from_pretrained(tmp_path, class_names=["void", "cell"]).config.temperature == 1.0

@@ -75,12 +75,16 @@ def test_monochrome1_is_inverted(variant):
 
 def test_a_lookup_table(variant):
     table = pydicom.Dataset()
-    table.LUTDescriptor = [3, 100, 8]  # three entries from value 100 up
+    table.LUTDescriptor = [3, 1000, 8]  # three entries from value 1000 up
     table.add_new("LUTData", "US", [0, 51, 255])
     path = variant(VOILUTSequence=[table], RescaleIntercept=0)
     stored = pydicom.dcmread(path).pixel_array
-    wanted = np.select([stored <= 100, stored == 101], [0, 0.2], 1)
+    wanted = np.select([stored <= 1000, stored == 1001], [0, 0.2], 1)
+    assert set(np.unique(wanted)) == {0, 0.2, 1}
     assert np.allclose(pixels(path), wanted, atol=1e-6)
+    table.LUTDescriptor = [300, 1000, 8]
+    with pytest.raises(InputError, match="300 entries of 8 bits"):
+        read_image(variant(VOILUTSequence=[table]))
 
 
 @pytest.mark.parametrize(

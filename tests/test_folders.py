@@ -51,7 +51,7 @@ def test_a_batch_does_what_single_images_do(folder, checkpoint, tmp_path, capsys
         arguments = ["predict", str(folder), "-o", str(tmp_path / name), "--model", str(checkpoint), "--batch", batch]
         assert main(arguments) == 1
         output = capsys.readouterr()
-        assert output.err.count("bad.png") == 1
+        assert output.err.count("bad.png: ") == 1
         assert output.out.count("cell") == 11
     singly, batches = masks(tmp_path / "singly"), masks(tmp_path / "batches")
     assert len(singly) == 11
@@ -100,19 +100,10 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(folder, checkpoint, tmp_pat
 def test_two_processes_do_what_one_does(folder, checkpoint, tmp_path):
     pytest.importorskip("accelerate")
     assert main(["predict", str(folder), "-o", str(tmp_path / "one"), "--model", str(checkpoint)]) == 1
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # means CPUs
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     script = [ROOT / "examples" / "segment_folder.py", folder, tmp_path / "two", "--model", checkpoint, "--batch", "2"]
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "home"), "SHARES": "1"}
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "home")}
 
     def run():
         return subprocess.run(
@@ -121,6 +112,8 @@ def test_two_processes_do_what_one_does(folder, checkpoint, tmp_path):
 
     result = run()
     assert result.returncode != 0  # the bad file
+    assert "process 1 of 2: 6 images" in result.stdout
+    assert "process 2 of 2: 6 images" in result.stdout
     assert result.stderr.count(f"{folder / 'bad.png'}: not a readable") == 1
     one, two = masks(tmp_path / "one"), masks(tmp_path / "two")
     assert len(one) == 11
