@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,10 @@ def main() -> None:
     parser.add_argument("--decoder-channels", type=int, nargs="*", default=())
     parser.add_argument("--out", type=Path, help="where to write the numbers as JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as pool:
         write_image(Path(folder) / "image.tif", args.rows, args.columns)
-        row = pool.apply(segment, (args, Path(folder)))
+        row = pool.submit(segment, args, Path(folder)).result()
     row = {"rows": args.rows, "columns": args.columns, "tile": args.tile, "model": args.encoder or args.model, **row}
     print(json.dumps(row))
     print(f"under {GOAL_MB} MB: {row['peak_mb'] < GOAL_MB}", file=sys.stderr)
