@@ -23,6 +23,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
         lines = [
             ["variant", "seeds", *(METRICS[m] for m in metrics), f"Dice of {reference} minus its", "verdict"]
             + ["M parameters", "GMAC"]
-            + [f"{what} at {SPEED_SIZE}x{SPEED_SIZE}, ms" for what in ("train step on two", "inference")]
+            + [f"{what} at {SPEED_SIZE}x{SPEED_SIZE}, Unet = 1" for what in ("train step", "inference")]
         ]
         lines.append(["---"] * len(lines[0]))
         for variant in order:
@@ -166,11 +167,13 @@ def setting_of(data_set: str, row: dict[str, str]) -> Setting:
 
 
 def read_times(folder: Path) -> dict[str, tuple[str, str]]:
-    """Fastest milliseconds of a train step and of inference per variant, blank where not measured."""
+    """A train step's and inference's time per variant as a share of Unet's in the same run, blank if not measured."""
     times: dict[str, list[str]] = defaultdict(lambda: ["", ""])
-    for row in speed_rows(folder, "ablations") + speed_rows(folder, ENCODER):  # peers' own run counts
-        if row["engine"] == "eager":
-            times[row["contender"]][row["mode"] == "inference"] = f"{row['fastest_ms']:.0f}"
+    for encoder, mode in product((ENCODER, "ablations"), ("train", "inference")):
+        rows = [r for r in speed_rows(folder, encoder) if (r["mode"], r["engine"]) == (mode, "eager")]
+        unet = next((row["ratio"] for row in rows if row["contender"] == "unet"), None)
+        for row in rows if unet else []:
+            times[row["contender"]][mode == "inference"] = f"{unet / row['ratio']:.2f}"  # ratios are msa's to theirs
     return defaultdict(lambda: ("", ""), {variant: (train, infer) for variant, (train, infer) in times.items()})
 
 

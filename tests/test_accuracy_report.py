@@ -92,13 +92,14 @@ def test_tables(results: Path):
     assert report.rebuild(text, results) == text
     head, _, msa, manet, unet = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
     assert "clDice" not in head
-    assert head[-4:] == ["M parameters", "GMAC", "train step on two at 512x512, ms", "inference at 512x512, ms |"]
+    assert head[-4:] == ["M parameters", "GMAC", "train step at 512x512, Unet = 1", "inference at 512x512, Unet = 1 |"]
     assert msa[:2] == ["| msa", "2"]
     assert msa[3:5] == ["50.0 (50.0 to 50.0)", "25.0 (25.0 to 25.0)"]
     assert manet[6].startswith("not separable")
     assert unet[5].startswith("+")
     assert unet[6] == "msa better, p = 0.0004"  # 2 / 10001, times the two comparisons
-    assert unet[-4:] == ["1.23", "0.50", "812", "152 |"]
+    assert unet[-4:] == ["1.23", "0.50", "1.00", "1.00 |"]
+    assert msa[-2:] == ["0.60", "0.60 |"]
 
 
 def test_speed_table(results: Path):
