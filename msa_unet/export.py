@@ -54,8 +54,8 @@ def export(
         path: ends in .onnx (needs `pip install msa-unet[export]`) or in .pt2, for `torch.export.load`.
         dtype: of weights and activations; image and logits are float32 in any case. "int8" is for ONNX alone.
         aoti: compile for this machine's CPU, which needs a C++ compiler; `torch._inductor.aoti_load_package` reads it.
-        calibration: for "int8", some twenty images such as the network will see, of the types that `predict` takes: they
-            show the range of each activation.
+        calibration: for "int8", some twenty images such as the network will see, of the types that `predict` takes:
+            they show the range of each activation.
 
     Raises:
         ConfigError: the arguments do not go together.
