@@ -1,7 +1,7 @@
 """What float16 and int8 lose in Dice and gain in time, on a real checkpoint and its test split, in onnxruntime.
 
     python benchmarks/export_quality.py                                     # writes results/export_quality.json
-    python benchmarks/export_quality.py --limit 3 --rounds 1 --out /tmp/try.json     # to see that it runs
+    python benchmarks/export_quality.py --limit 3 --rounds 1 --out try.json          # to see that it runs
 
 Every image goes through at its full size. int8 is calibrated on images of the training split. Dice is the mean over
 images of the first class; a loss is against float32 in eager mode, image by image. Times are of one image on

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from unittest.mock import patch
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ Precision = Literal["float32", "float16", "int8"]
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05}  # of the largest logit: a wrong graph is off by far more
 AXES = {0: "batch", 2: "height", 3: "width"}
+# timm modules whose architectures were found not to trace, some only after minutes; what others lack the tracer tells
+UNTRACEABLE = {"maxxvit", "swin_transformer", "vision_transformer_relpos"}
 
 
 def export(
@@ -51,8 +54,8 @@ def export(
         path: ends in .onnx (needs `pip install msa-unet[export]`) or in .pt2, for `torch.export.load`.
         dtype: of weights and activations; image and logits are float32 in any case. "int8" is for ONNX alone.
         aoti: compile for this machine's CPU, which needs a C++ compiler; `torch._inductor.aoti_load_package` reads it.
-        calibration: for "int8", some ten images such as the network will see, of the types that `predict` takes: they
-            show the range of each activation.
+        calibration: for "int8", some twenty images such as the network will see, of the types that `predict` takes:
+            they show the range of each activation.
 
     Raises:
         ConfigError: the arguments do not go together.
@@ -74,7 +77,7 @@ def export(
         raise ConfigError(f"int8 is for ONNX alone: choose a name that ends in .onnx, not {str(path)!r}.")
     if (dtype == "int8") != bool(calibration):
         raise ConfigError(
-            "int8 needs images for calibration, some ten of the kind it will see, and no other dtype does."
+            "int8 needs images for calibration, some twenty of the kind it will see, and no other dtype does."
         )
     if onnx:
         _require_onnx()
@@ -111,6 +114,13 @@ def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") ->
     Raises:
         ExportError: the encoder does something that depends on the size in a way that no graph can hold.
     """
+    name = model.config.encoder
+    module = "" if name == "msa" else timm.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    if module in UNTRACEABLE:
+        raise ExportError(
+            f"Encoder {name!r} cannot be exported: what timm's {module} computes depends on the image's size in a way "
+            "that no single graph can hold. docs/deploy.md says which encoders can."
+        )
     coarsest = model.encoder.strides[-1]
     # a graph takes a side of 1 to be special, and that of the coarsest level must not become 1 for some images only
     least = 1 if min(model.encoder.frame(1, 1)) > coarsest else 2 * coarsest

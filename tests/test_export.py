@@ -142,6 +142,14 @@ def test_what_does_not_go_together(tmp_path, name, options, text):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_known_not_to_work_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("it started"))
+    model = MSAUnet("swin_tiny_patch4_window7_224")
+    with pytest.raises(ExportError, match=r"'swin_tiny_patch4_window7_224' cannot be exported: .*swin_transformer"):
+        export(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Stubborn(torch.nn.Module):
     """A backbone that looks at the values."""
 
