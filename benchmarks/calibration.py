@@ -10,6 +10,7 @@ the diagram into its folder, and the numbers go to benchmarks/results/calibratio
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pairs import read_pairs
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -24,23 +26,24 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 from tqdm import tqdm
 
 from msa_unet import MSAUnet
-from msa_unet.inference import evaluating, prepare, read_image, to_unit_range
+from msa_unet.files import replacing
+from msa_unet.inference import evaluating, prepare, to_unit_range
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
 BINS = 15
+Pair = tuple[Image.Image, np.ndarray]  # picture, class indices (H, W)
 
 
-def drawn_pixels(model: MSAUnet, data: Path, stems: list[str], count: int) -> tuple[Tensor, Tensor]:
+def drawn_pixels(model: MSAUnet, pairs: Iterable[Pair], count: int) -> tuple[Tensor, Tensor]:
     """Logits (P, K) and true labels (P,) of `count` random pixels of each image."""
     rng, logits, truth = np.random.default_rng(0), [], []
-    for stem in tqdm(stems, unit="image"):
-        picture = read_image(next((data / "images").glob(f"{stem}.*")))
+    for picture, labels in tqdm(pairs, unit="image"):
         with evaluating(model):
             scores = model(prepare(to_unit_range(picture), model.config))[0].flatten(1).T
-        mask = torch.from_numpy(np.array(Image.open(data / "masks" / f"{stem}.png"))).flatten().long()
+        mask = torch.from_numpy(labels).flatten().long()
         chosen = torch.from_numpy(rng.choice(len(mask), min(count, len(mask)), replace=False))
         logits.append(scores[chosen].clone())
         truth.append(mask[chosen])
@@ -85,17 +88,15 @@ def main() -> None:
     args = parser.parse_args()
 
     model = MSAUnet.from_pretrained(args.checkpoint)
-    splits = json.loads((args.data / "splits.json").read_text())
-    (val, val_truth), (test, test_truth) = (
-        drawn_pixels(model, args.data, splits[split][: args.images], args.pixels) for split in ("val", "test")
-    )
+    pairs = {split: list(read_pairs(args.data, split, args.images)) for split in ("val", "test")}
+    (val, val_truth), (test, test_truth) = (drawn_pixels(model, of, args.pixels) for of in pairs.values())
     found = minimize_scalar(lambda t: cross_entropy(val / np.exp(t), val_truth), (-1, 1)).x
     fitted = round(float(np.exp(found)), 3)
     helps = calibration_error(val / fitted, val_truth) < calibration_error(val, val_truth)
     numbers = {
         "checkpoint": args.checkpoint.resolve().name,
         "pixels_per_image": args.pixels,
-        "images": {split: len(splits[split][: args.images]) for split in ("val", "test")},
+        "images": {split: len(of) for split, of in pairs.items()},
         "fitted_temperature": fitted,
         "kept_temperature": fitted if helps else 1.0,
     }
@@ -119,9 +120,11 @@ def main() -> None:
     axes.legend()
     figure.savefig(args.checkpoint / "reliability.png", dpi=120, metadata={"Software": None})
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{numbers['checkpoint']}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    with replacing(RESULTS / f"{numbers['checkpoint']}.json") as path:
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
     config = replace(model.config, temperature=numbers["kept_temperature"])
-    (args.checkpoint / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    with replacing(args.checkpoint / "config.json") as path:
+        path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import fnmatch
 import multiprocessing
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def examine(name: str) -> dict[str, object]:
             with torch.device(mode):
                 model = MSAUnet(name, num_classes=2).eval()
         except Exception as error:
-            row |= dict.fromkeys([*sizes, "backward"], f"build: {_reason(error)}")
+            row |= dict.fromkeys([*sizes, "backward"], f"build: {reason(error)}")
             continue
         plan = model.encoder.plan
         row |= {
@@ -81,7 +82,7 @@ def _check(model: MSAUnet, device: str, size: tuple[int, int], backward: bool) -
         elif device == "cpu" and not logits.isfinite().all():
             return "logits are not finite"
     except Exception as error:
-        return _reason(error)
+        return reason(error)
     return "ok"
 
 
@@ -103,11 +104,12 @@ def train_step(name: str) -> str:
         moved = any(not torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True))
         return "ok" if moved else "no backbone weight moved"
     except Exception as error:
-        return _reason(error)
+        return reason(error)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def reason(error: Exception, length: int = 200) -> str:
+    """The kind and text of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
 
 
 def _read() -> dict[str, dict[str, str]]:
@@ -118,13 +120,14 @@ def _read() -> dict[str, dict[str, str]]:
     return {name: row for name, row in rows.items() if row["timm"] == timm.__version__}
 
 
-def _write(rows: dict[str, dict[str, str]]) -> None:
-    partial = RESULTS.with_suffix(".part")
+def write(rows: Mapping[str, Mapping[str, object]], path: Path, columns: Sequence[str]) -> None:
+    """Rows by encoder, in its order, as a CSV file; whole or not at all."""
+    partial = path.with_suffix(".part")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[name] for name in sorted(rows))
-    partial.replace(RESULTS)
+    partial.replace(path)
 
 
 def main() -> None:
@@ -145,14 +148,14 @@ def main() -> None:
         ):
             row = future.result()
             rows[row["encoder"]] = row
-            _write(rows)
+            write(rows, RESULTS, COLUMNS)
         smallest: dict[str, str] = {}
         for name in sorted(rows, key=lambda n: int(rows[n]["parameters"] or 10**12), reverse=True):
             smallest[rows[name]["module"]] = name
         todo = {pool.submit(train_step, n): n for n in smallest.values() if not rows[n]["train_step"]}
         for future in tqdm(as_completed(todo), total=len(todo), desc="real training steps"):
             rows[todo[future]]["train_step"] = future.result()
-            _write(rows)
+            write(rows, RESULTS, COLUMNS)
     print(summary(rows))
 
 

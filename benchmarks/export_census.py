@@ -23,6 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
+from census import reason, write
 from tqdm import tqdm
 
 from msa_unet import MSAUnet
@@ -59,7 +60,7 @@ def examine(name: str, limit: int) -> None:
         network = trace(model).module()
         report(traced="ok", difference=difference(network, model))
     except Exception as error:
-        report(traced=_reason(error))
+        report(traced=reason(error, 400))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
@@ -69,10 +70,13 @@ def examine(name: str, limit: int) -> None:
             options.intra_op_num_threads = 1
             options.log_severity_level = 4
             session = onnxruntime.InferenceSession(path, options)
-            run = lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])  # noqa: E731
+
+            def run(x: torch.Tensor) -> torch.Tensor:
+                return torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
             report(onnx="ok", onnx_difference=difference(run, model))
         except Exception as error:
-            report(onnx=_reason(error))
+            report(onnx=reason(error, 400))
 
 
 def difference(run: Callable[[torch.Tensor], torch.Tensor], model: MSAUnet) -> float:
@@ -87,10 +91,6 @@ def difference(run: Callable[[torch.Tensor], torch.Tensor], model: MSAUnet) -> f
 
 def report(**columns: object) -> None:
     print(json.dumps(columns), flush=True)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def row_of(name: str, module: str, limit: int) -> dict[str, object]:
@@ -134,12 +134,7 @@ def main() -> None:
     todo = {n: m for n, m in smallest().items() if n not in rows and fnmatch.fnmatch(n, args.pattern)}
     for name, module in tqdm(todo.items(), desc="architectures"):
         rows[name] = row_of(name, module, args.limit)
-        partial = RESULTS.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[n] for n in sorted(rows))
-        partial.replace(RESULTS)
+        write(rows, RESULTS, COLUMNS)
     bad = {name: row for name, row in rows.items() if failed(row)}
     print(f"{len(rows) - len(bad)} of {len(rows)} are exported and agree; timm {timm.__version__}")
     for name, row in bad.items():

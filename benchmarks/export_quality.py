@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from pairs import dice, read_pairs
 from PIL import Image
 
 from msa_unet import MSAUnet
 from msa_unet.export import export
-from msa_unet.inference import prepare, read_image, to_unit_range
+from msa_unet.inference import prepare, to_unit_range
 
 ROOT = Path(__file__).parents[1]
 Contender = Callable[[np.ndarray], np.ndarray]  # image (1, C, H, W) -> logits (1, K, H, W)
@@ -57,21 +58,6 @@ def contenders(model: MSAUnet, folder: Path, calibration: list[Image.Image], thr
     }
 
 
-def dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
-    """2 |A and B| / (|A| + |B|) of two masks (H, W); none if both are empty."""
-    total = int(predicted.sum() + true.sum())
-    return 2 * int((predicted & true).sum()) / total if total else None
-
-
-def load(data: Path, split: str, count: int | None) -> list[tuple[Image.Image, np.ndarray]]:
-    """Images and masks (H, W) bool of the first `count` of a split."""
-    paths = {path.stem: path for path in (data / "images").iterdir()}
-    return [
-        (read_image(paths[stem]), np.asarray(Image.open(data / "masks" / f"{stem}.png")) == 1)
-        for stem in json.loads((data / "splits.json").read_text())[split][:count]
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(ROOT / "weights" / "tf_efficientnet_lite0.dsb2018"))
@@ -86,12 +72,11 @@ def main() -> None:
     model = MSAUnet.from_pretrained(args.checkpoint)
     if model.config.num_classes != 1:
         parser.error(f"{args.checkpoint} has {model.config.num_classes} classes; masks of one are scored here.")
-    pairs = load(args.data, "test", args.limit)
+    pairs = [(picture, labels == 1) for picture, labels in read_pairs(args.data, "test", args.limit)]
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
-        networks = contenders(
-            model, folder, [image for image, _ in load(args.data, "train", args.calibration)], args.threads
-        )
+        calibration = [image for image, _ in read_pairs(args.data, "train", args.calibration)]
+        networks = contenders(model, folder, calibration, args.threads)
         sizes = {f"onnx {path.stem}": path.stat().st_size for path in folder.glob("*.onnx")}
         scores: dict[str, list[float]] = {name: [] for name in networks}
         times = dict.fromkeys(networks, 0.0)

@@ -16,19 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from pairs import dice, read_pairs
 
 from msa_unet import MSAUnet, predict
-from msa_unet.inference import read_image
 
 
-def dice(labels: np.ndarray, truth: np.ndarray, classes: dict[int, str]) -> float:
+def mean_dice(labels: np.ndarray, truth: np.ndarray, classes: dict[int, str]) -> float:
     """The mean over classes that either holds; not a number if there is none."""
-    scores = []
-    for label in classes:
-        a, b = labels == label, truth == label
-        if total := a.sum() + b.sum():
-            scores.append(2 * (a & b).sum() / total)
+    scores = [score for label in classes if (score := dice(labels == label, truth == label)) is not None]
     return float(np.mean(scores)) if scores else float("nan")
 
 
@@ -40,17 +35,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the numbers as JSON")
     args = parser.parse_args()
     model = MSAUnet.from_pretrained(args.checkpoint)
-    stems = json.loads((args.data / "splits.json").read_text())["test"][: args.images]
-    scores = np.empty((len(stems), 2))
+    pairs = list(read_pairs(args.data, "test", args.images))
+    scores = np.empty((len(pairs), 2))
     seconds, unsure = np.zeros(2), {"wrong": [], "right": []}
-    for i, stem in enumerate(stems):
-        picture = read_image(next((args.data / "images").glob(f"{stem}.*")))
-        truth = np.array(Image.open(args.data / "masks" / f"{stem}.png"))
+    for i, (picture, truth) in enumerate(pairs):
         for tta in (0, 1):
             start = time.perf_counter()
             result = predict(model, picture, tta=bool(tta))
             seconds[tta] += time.perf_counter() - start
-            scores[i, tta] = dice(result.labels, truth, result.foreground)
+            scores[i, tta] = mean_dice(result.labels, truth, result.foreground)
         wrong = result.labels != truth
         for name, where in (("wrong", wrong), ("right", ~wrong)):
             if where.any():

@@ -4,6 +4,7 @@ Each takes "image", float32 (N, C, H, W) normalised by the mean and std that it 
 (N, K, H, W), for any N, H and W.
 """
 
+import importlib
 import io
 import json
 import warnings
@@ -181,9 +182,8 @@ def _naming(model: "MSAUnet", what: str) -> Iterator[None]:
 
 def _require_onnx() -> None:
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for module in ("onnx", "onnxruntime", "onnxscript"):
+            importlib.import_module(module)
     except ImportError as error:
         raise ExportError(f"ONNX needs {error.name}: pip install 'msa-unet[export]'.") from error
 

@@ -14,18 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from msa_unet import MSAUnet
 from msa_unet.cli import main
 
 rng = np.random.default_rng(0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    MSAUnet("resnet10t", decoder_channels=(8,) * 5, class_names=["cell"]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from conftest import layout_copies, small
 
 from msa_unet import MSAUnet, predict
 
@@ -21,7 +21,7 @@ ENCODERS = ["msa", "resnet18", "tf_efficientnet_lite0", "convnext_atto", "vit_ti
 
 def pair(encoder: str) -> tuple[MSAUnet, MSAUnet]:
     """The same network on the CPU and on the GPU."""
-    model = MSAUnet(encoder, num_classes=2, decoder_channels=(8, 16, 32, 64) if encoder == "msa" else ()).eval()
+    model = small(encoder).eval()
     return model, copy.deepcopy(model).cuda()
 
 
@@ -101,14 +101,7 @@ def test_reduce_overhead_compiles_for_static_shapes():
 def test_channels_last_is_kept_inside():
     _, model = pair("tf_efficientnet_lite0")
     model = model.to(memory_format=torch.channels_last)
-    copied = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.register_forward_pre_hook(
-                lambda m, inputs, name=name: (
-                    inputs[0].is_contiguous(memory_format=torch.channels_last) or copied.append(name)
-                )
-            )
+    copied = layout_copies(model)
     with torch.no_grad():
         model(torch.randn(2, 3, 70, 90, device="cuda").contiguous(memory_format=torch.channels_last))
     assert copied == []

@@ -7,6 +7,7 @@ without a GPU (autograd's engine asks for the device), so there the same is seen
 
 import pytest
 import torch
+from conftest import small
 from test_encoders import NAMES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +21,7 @@ KNOWN_STRAYS = {"edgenext_xx_small": {"aten::zeros", "aten::_to_copy"}}
 
 
 def on_meta(encoder: str) -> MSAUnet:
-    # encoders that read values while they are built cannot be built without any
-    model = MSAUnet(encoder, num_classes=2, decoder_channels=(8, 16, 32, 64) if encoder == "msa" else ())
-    return model.to("meta")
+    return small(encoder).to("meta")  # encoders that read values while they are built cannot be built without any
 
 
 def as_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:

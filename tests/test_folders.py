@@ -9,23 +9,13 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 
-from msa_unet import MSAUnet
 from msa_unet.cli import main
 
 rng = np.random.default_rng(0)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    MSAUnet("resnet10t", decoder_channels=(8,) * 5, class_names=["cell"]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from conftest import layout_copies, small
 
-from msa_unet import MSAUnet
 from msa_unet.attention import SpatialChannelAttention
 
 ENCODERS = ["msa", "resnet18", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"]
-
-
-def small(encoder: str) -> MSAUnet:
-    return MSAUnet(encoder, num_classes=2, decoder_channels=(8, 16, 32, 64) if encoder == "msa" else ())
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -53,15 +48,7 @@ def test_pooling_over_a_large_map_keeps_its_precision_in_half():
 @pytest.mark.parametrize("encoder", ENCODERS[:4])
 def test_channels_last_is_kept_inside(encoder: str, size: tuple[int, int]):
     model = small(encoder).to(memory_format=torch.channels_last).eval()
-    copied = []
-
-    def check(name: str, x: Tensor) -> None:
-        if x.ndim == 4 and x.shape[1] > 1 and not x.is_contiguous(memory_format=torch.channels_last):
-            copied.append(name)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | SpatialChannelAttention):
-            module.register_forward_pre_hook(lambda m, inputs, name=name: check(name, inputs[0]))
+    copied = layout_copies(model)
     with torch.no_grad():
         model(torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last))
     assert copied == []
