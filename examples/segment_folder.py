@@ -44,6 +44,7 @@ def main() -> int:
     if state.is_main_process:
         for image, reason in failed:
             print(f"{image}: {reason}", file=sys.stderr)
+    state.destroy_process_group()  # its threads, still running when the interpreter ends, could abort the process
     return 1 if failed else 0
 
 
