@@ -198,7 +198,7 @@ class DySample(nn.Module):
         x = self.conv(x)
         n, c, h, w = x.shape
         offset = F.pixel_shuffle(self.offset(x) * 0.25, 2)  # (N, 2 * groups, 2h, 2w), in pixels of x
-        offset = offset.view(n * self.groups, 2, 2 * h, 2 * w).movedim(1, -1)
+        offset = offset.reshape(n * self.groups, 2, 2 * h, 2 * w).movedim(1, -1)
         ys, xs = ((torch.arange(2 * side, device=x.device, dtype=x.dtype) + 0.5) / 2 for side in (h, w))
         place = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1) + offset
         grid = 2 * place / torch.tensor([w, h], device=x.device, dtype=x.dtype) - 1
