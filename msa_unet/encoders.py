@@ -112,7 +112,7 @@ class TimmEncoder(nn.Module):
             keys.
 
     Raises:
-        EncoderError: timm refuses `kwargs`, or `weights` do not fit.
+        EncoderError: timm refuses `kwargs`, or `weights` do not fit or cannot be fetched.
     """
 
     def __init__(
@@ -338,11 +338,16 @@ def _create(name: str, kwargs: Mapping[str, Any], in_channels: int = 3, weights:
         raise EncoderError(
             f"timm {timm.__version__} refuses encoder_kwargs {dict(kwargs)} for {name!r}: {error}."
         ) from error
-    except RuntimeError as error:
-        if "features_only not implemented" not in str(error):
+    except Exception as error:  # what the Hub's client raises has no common type
+        if "features_only not implemented" in str(error):
+            raise EncoderError(
+                f"timm {timm.__version__} gives no feature maps of {name!r}: upgrade timm or choose another encoder."
+            ) from error
+        if weights is not True:
             raise
         raise EncoderError(
-            f"timm {timm.__version__} gives no feature maps of {name!r}: upgrade timm or choose another encoder."
+            f"timm's weights of {name!r} could not be fetched: {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Connect once, they stay in the Hub's cache; or give a .safetensors file or False as encoder_weights."
         ) from error
 
 

@@ -104,7 +104,8 @@ def metadata(config: "MSAUnetConfig") -> dict[str, Any]:
         "std": config.std,
         "value_range": (0.0, 1.0),
         "class_names": config.class_names,
-        "activation": "sigmoid" if config.num_classes == 1 else "softmax",  # makes probabilities of the logits
+        "temperature": config.temperature,  # divides the logits,
+        "activation": "sigmoid" if config.num_classes == 1 else "softmax",  # which makes probabilities of them
         "encoder": config.encoder,
     }
 

@@ -48,7 +48,7 @@ class MSAUnet(nn.Module):
 
     Raises:
         ConfigError: an argument has an impossible value.
-        EncoderError: timm refuses `encoder_kwargs`, or `encoder_weights` do not fit.
+        EncoderError: timm refuses `encoder_kwargs`, or `encoder_weights` do not fit or cannot be fetched.
     """
 
     def __init__(

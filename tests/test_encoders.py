@@ -1,5 +1,9 @@
 """Every family of encoders, by one set of checks: forty architectures, two or more for each pattern of strides."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -164,6 +168,19 @@ def test_a_file_that_is_no_safetensors(tmp_path, file):
     (tmp_path / "text.safetensors").write_text("not a tensor in sight")
     with pytest.raises(EncoderError, match="safetensors"):
         MSAUnet("resnet10t", encoder_weights=tmp_path / file)
+
+
+def test_weights_that_cannot_be_fetched(tmp_path):
+    code = (
+        "from msa_unet import EncoderError, MSAUnet\n"
+        "try: MSAUnet('resnet18', encoder_weights=True)\n"
+        "except EncoderError as error: print(error)\n"
+    )
+    home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}  # read when it is imported
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **home}, check=True)
+    assert result.stdout.startswith("timm's weights of 'resnet18' could not be fetched: ")
+    assert "give a .safetensors file" in result.stdout
 
 
 def test_encoder_kwargs_reach_timm_and_unknown_ones_are_refused():

@@ -91,6 +91,7 @@ def test_onnx_says_how_images_are_prepared(nuclei, nuclei_onnx):
         "std": [0.5, 0.5, 0.5],
         "value_range": [0.0, 1.0],
         "class_names": ["nucleus"],
+        "temperature": nuclei.config.temperature,
         "activation": "sigmoid",
         "encoder": "tf_efficientnet_lite0",
     }
