@@ -6,7 +6,9 @@
 A row per architecture goes to benchmarks/results/census.csv the moment it is known. Each runs forward at the three
 sizes and backward into its backbone. Meta tensors carry no data but run the same shape checks, so they tell whether a
 network builds, accepts a size, keeps it and is differentiable; an architecture that needs values (meta tensors fail)
-runs for real. The smallest architecture of every timm module also takes a real training step (column `train_step`).
+runs for real. `gmac_512` is what torch's FlopCounterMode counts of the whole network for an image of 512x512, in
+billions of multiply-accumulates. The smallest architecture of every timm module also takes a real training step (column
+`train_step`).
 """
 
 import argparse
@@ -23,6 +25,7 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 from timm.models._registry import _model_to_module
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from msa_unet import MSAUnet
@@ -31,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "census.csv"
 SIZES = ("native", (250, 190), (33, 47))
 COLUMNS = [
     "encoder", "module", "timm", "parameters", "reductions", "levels", "unit", "native", "ok_native", "ok_250x190",
-    "ok_33x47", "backward", "mode", "train_step", "seconds",
+    "ok_33x47", "backward", "mode", "gmac_512", "train_step", "seconds",
 ]  # fmt: skip
 
 
@@ -61,6 +64,7 @@ def examine(name: str) -> dict[str, object]:
         }
         for column, size in sizes.items():
             row[column] = _check(model, mode, size, backward=False)
+        row["gmac_512"] = _gmac(model, mode, 512)
         row["backward"] = _check(model.train(), mode, (96, 64), backward=True)
         if all(row[column] == "ok" for column in [*sizes, "backward"]):
             break
@@ -84,6 +88,15 @@ def _check(model: MSAUnet, device: str, size: tuple[int, int], backward: bool) -
     except Exception as error:
         return reason(error)
     return "ok"
+
+
+def _gmac(model: MSAUnet, device: str, size: int) -> object:
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, size, size, device=device))
+    except Exception:  # its checks say what is wrong
+        return ""
+    return round(counter.get_total_flops() / 2e9, 2)
 
 
 def train_step(name: str) -> str:
@@ -117,7 +130,8 @@ def _read() -> dict[str, dict[str, str]]:
         return {}
     with RESULTS.open(newline="") as file:
         rows = {row["encoder"]: row for row in csv.DictReader(file)}
-    return {name: row for name, row in rows.items() if row["timm"] == timm.__version__}
+    # what an older timm or an older census found is found anew
+    return {name: row for name, row in rows.items() if row["timm"] == timm.__version__ and list(row) == COLUMNS}
 
 
 def write(rows: Mapping[str, Mapping[str, object]], path: Path, columns: Sequence[str]) -> None:
