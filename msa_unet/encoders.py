@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from timm.layers import PatchEmbed
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -127,6 +128,9 @@ class TimmEncoder(nn.Module):
         self.in_channels = in_channels
         self.plan = plan = make_plan(name, tuple(sorted((kwargs or {}).items())))
         self.backbone = _create(name, {**(kwargs or {}), **plan.options}, in_channels, weights)
+        for module in self.backbone.modules():
+            if isinstance(module, PatchEmbed) and not module.strict_img_size:
+                module.img_size = None  # its check of the size, which `frame` makes idle, would compile once per size
         self.strides = tuple(2 << i for i in range(int(math.log2(max(plan.levels)))))
         self.channels = self.widths = widths or DEFAULT_WIDTHS[: len(self.strides)]
         if len(self.channels) != len(self.strides):

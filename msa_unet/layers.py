@@ -39,8 +39,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two sizes differ; under `torch.export`, whether they do for any image."""
-    if not any(isinstance(side, torch.SymInt) for side in (*size, *other)):
+    """Whether two sizes differ; in a graph for all sizes (compiled or exported), whether they do for any image."""
+    if not torch.compiler.is_compiling() and not any(isinstance(side, torch.SymInt) for side in (*size, *other)):
         return tuple(size) != tuple(other)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and only needed here
 

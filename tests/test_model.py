@@ -188,21 +188,3 @@ def test_examples_in_docstrings_run():
     result = doctest.testmod(msa_unet.model, extraglobs={"torch": torch})
     assert result.attempted >= 2
     assert result.failed == 0
-
-
-@pytest.mark.parametrize("encoder", SMALL)
-def test_one_graph_without_breaks_for_all_sizes(encoder):
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    model = small(encoder)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    with torch.no_grad():
-        for size in ((96, 128), (64, 64), (160, 32), *([] if encoder == "msa" else [(70, 90), (33, 47), (5, 300)])):
-            x = torch.randn(2, 3, *size)
-            assert torch.equal(compiled(x), model(x))
-    if torch.__version__ >= "2.14":  # older releases specialise more and make a graph for some sizes
-        assert counter.frame_count == 1
-    with pytest.raises(InputError, match="uint8"):
-        torch.compile(model, backend="eager")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -1,0 +1,75 @@
+"""torch.compile: one graph for all sizes, without breaks, that computes what eager mode does, train step included."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import small
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from msa_unet import InputError, MSAUnet
+
+SIZES = ((96, 128), (64, 64), (160, 32), (70, 90), (33, 47), (300, 35))  # "msa" makes another graph below 32 pixels
+TINY = {"msa": (8, 8, 16, 16), "resnet10t": (8, 8, 16, 16, 16), "convnext_atto": (), "vit_tiny_patch16_224": ()}
+
+
+def tiny(encoder: str) -> MSAUnet:
+    return MSAUnet(encoder, num_classes=2, decoder_channels=TINY[encoder])
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("encoder", TINY)
+def test_one_graph_without_breaks_for_all_sizes(encoder: str):
+    counter = CompileCounter()
+    model = tiny(encoder).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for size in SIZES:
+            x = torch.randn(2, 3, *size)
+            assert torch.equal(compiled(x), model(x))
+    if torch.__version__ >= "2.14":  # older releases specialise more and make a graph for some sizes
+        assert counter.frame_count == 1
+
+
+def test_bad_input_is_refused_when_compiled():
+    with pytest.raises(InputError, match="uint8"):
+        torch.compile(small("resnet10t"), backend="eager")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("encoder", ["msa", "resnet10t"])
+def test_inductor_computes_what_eager_mode_does(encoder: str):
+    model = tiny(encoder).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in SIZES[-2:]:
+            x = torch.randn(2, 3, *size)
+            wanted = model(x)
+            assert (compiled(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_inductor_trains_as_eager_mode_does():
+    eager = tiny("resnet10t")
+    compiled = copy.deepcopy(eager)
+    x, target = torch.randn(4, 3, 70, 90), torch.randint(0, 2, (4, 70, 90))
+    losses = []
+    for model, run in ((eager, eager), (compiled, torch.compile(compiled, fullgraph=True))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(run(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
