@@ -13,7 +13,8 @@ method adjusts the p values over the variants compared on one data set; 0.05 or 
 
 A block `<!-- speed:begin ENCODER -->` to `<!-- speed:end -->` holds times and memory at that encoder, float32, one
 image of 512x512 (two in a train step), from benchmarks/results/speed.json: the fastest of all rounds, and behind it
-MSA-Unet's time as a share of that network's, median of the pairs of one round and the range of their middle 80 %.
+MSA-Unet's time as a share of that network's, median of the pairs of one round and the range of their middle 80 %. With
+"all" behind ENCODER it holds every cell that was measured, a row each.
 
 Plots need matplotlib.
 """
@@ -211,12 +212,39 @@ def speed_table(folder: Path, encoder: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def cells_table(folder: Path, encoder: str) -> str:
+    """Markdown: a row per cell of speed.json at one encoder, MSA-Unet's time and its share of each other's."""
+    path = folder / "speed.json"
+    rows = [r for r in (json.loads(path.read_text()) if path.exists() else []) if r["encoder"] == encoder]
+    if not rows:
+        return "No results yet.\n"
+    key = ("mode", "size", "batch", "dtype", "engine")
+    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        cells[tuple(row[column] for column in key)][row["contender"]] = row
+    others = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "msa"]
+    lines = [[*key, "msa", *others], ["---"] * (len(key) + 1 + len(others))]
+    for cell in sorted(cells):
+        ours = cells[cell]["msa"]
+        shares = [
+            "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_range"])
+            if (row := cells[cell].get(name))
+            else ""
+            for name in others
+        ]
+        lines.append([*map(str, cell), f"{ours['fastest_ms']:.0f} ms", *shares])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def rebuild(text: str, results: Path = RESULTS) -> str:
     """The document with every marked block made anew."""
 
     def block(match: re.Match[str]) -> str:
         kind, first, *variants = match[2], *(match[3].split() or ["test"])
-        table = tables(results, first, variants) if kind == "accuracy" else speed_table(results.parent, first)
+        if kind == "accuracy":
+            table = tables(results, first, variants)
+        else:
+            table = (cells_table if variants == ["all"] else speed_table)(results.parent, first)
         return f"{match[1]}\n{table}\n{match[4]}"
 
     return BLOCK.sub(block, text)

@@ -109,6 +109,14 @@ def test_speed_table(results: Path):
     assert report.rebuild(text, results) == text
 
 
+def test_table_of_all_cells(results: Path):
+    text = report.rebuild(f"<!-- speed:begin {report.ENCODER} all -->\n<!-- speed:end -->", results)
+    assert "| mode | size | batch | dtype | engine | msa | unet |" in text
+    assert "| inference | 512 | 1 | float32 | eager | 152 ms | 0.60 (0.55 to 0.70) |" in text
+    assert "| train | 512 | 2 | float32 | eager | 812 ms | 0.60 (0.55 to 0.70) |" in text
+    assert report.rebuild(text, results) == text
+
+
 def test_a_block_names_its_split_reference_and_variants(results: Path):
     assert report.rebuild("<!-- accuracy:begin val -->\n<!-- accuracy:end -->", results).count("No results yet.") == 1
     text = report.rebuild("<!-- accuracy:begin test unet msa -->\n<!-- accuracy:end -->", results)
