@@ -178,13 +178,3 @@ def test_deep_copies_and_moves(encoder):
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(x), model(x))
         assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == (1, 1, 40, 40)
-
-
-def test_examples_in_docstrings_run():
-    import doctest
-
-    import msa_unet.model
-
-    result = doctest.testmod(msa_unet.model, extraglobs={"torch": torch})
-    assert result.attempted >= 2
-    assert result.failed == 0
