@@ -17,6 +17,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 html_static_path = ["_static"]
 smartquotes = False  # options such as --overlay are to be copied as they stand
 default_role = "literal"  # `x` in a docstring is code

@@ -26,7 +26,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{path} holds no state dict: save the published network's with torch.save and try again.")
+        raise CheckpointError(
+            f"{path} holds no state dict: save the published network's with torch.save and try again."
+        )
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 

@@ -34,7 +34,7 @@ class MSAUnet(nn.Module):
 
     Args:
         encoder: "msa", the published network, or any architecture of timm (`msa_unet.list_encoders()`).
-        in_channels: C.
+        in_channels: the C of the images.
         num_classes: K; 1 means one foreground class (sigmoid), more means softmax with class 0 as background.
         encoder_weights: False for random, True for timm's download, or a path to a .safetensors file with timm's keys.
         encoder_kwargs: passed on to timm, for example {"drop_path_rate": 0.1}.
@@ -154,7 +154,7 @@ class MSAUnet(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that pretrained weights fill: the timm model, or the whole encoder of the published network."""
+        """The part that pretrained weights fill, which is the timm model, or all of the published network's encoder."""
         return self.encoder.backbone if isinstance(self.encoder, TimmEncoder) else self.encoder
 
     def freeze_encoder(self, stages: int | None = None) -> "MSAUnet":

@@ -19,7 +19,8 @@ function filter() {
     for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
     head.ariaSort = sign > 0 ? "ascending" : "descending";
     const value = (row) => row.cells[column].textContent;
-    rows.sort((a, b) => sign * value(a).localeCompare(value(b), "en", { numeric: true }));
+    const order = (a, b) => (isNaN(a) || isNaN(b) ? a.localeCompare(b, "en", { numeric: true }) : a - b);
+    rows.sort((a, b) => sign * order(value(a), value(b)));
     body.append(...rows);
   };
   head.replaceChildren(button);
