@@ -9,6 +9,7 @@ It is opened with torch's weights_only loading, which runs no code of the file. 
 import argparse
 import pickle
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help=".pth or .pt")
     parser.add_argument("output", type=Path, help="folder to fill")
@@ -43,7 +44,7 @@ def main() -> int:
         help="--no-antialias if it was trained with torchvision below 0.17",
     )
     parser.add_argument("--class-names", nargs="+", default=[], metavar="NAME", help="one per class")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         model = MSAUnet.from_published(read(args.checkpoint), antialias=args.antialias)
         model.config = replace(model.config, class_names=tuple(args.class_names or model.config.class_names))
