@@ -71,7 +71,7 @@ class Segmentation:
 
     @property
     def foreground(self) -> dict[int, str]:
-        """Label -> class name, without the background, `{1: name}` for K = 1, else classes 1 to K - 1."""
+        """Label -> class name of every class but the background; for K = 1 the one class is label 1."""
         return foreground(self.class_names)
 
     def areas(self) -> dict[str, int]:
