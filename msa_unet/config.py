@@ -31,6 +31,10 @@ RESERVED_ENCODER_KWARGS = {
 class MSAUnetConfig:
     """Everything needed to rebuild a network and to feed it; JSON-able, validated when it is made.
 
+    >>> config = MSAUnetConfig("resnet18", num_classes=2, class_names=("background", "polyp"))
+    >>> config.mean
+    (0.485, 0.456, 0.406)
+
     Raises:
         ConfigError: a field has the wrong type or an impossible value; the message names the field and the value.
     """
@@ -111,6 +115,10 @@ class MSAUnetConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "MSAUnetConfig":
         """The config that `to_dict` wrote.
 
+        >>> MSAUnetConfig.from_dict({"encoder": "resnet18", "num_clases": 2})
+        Traceback (most recent call last):
+        msa_unet.errors.ConfigError: Unknown config key 'num_clases': did you mean 'num_classes'?
+
         Raises:
             ConfigError: `values` has a key that this release does not know (the nearest one is named), or a bad value.
         """
@@ -122,7 +130,11 @@ class MSAUnetConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field, in the order above."""
+        """Plain JSON types, every field, in the order above.
+
+        >>> MSAUnetConfig("resnet18").to_dict()["class_names"]
+        ['foreground']
+        """
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 

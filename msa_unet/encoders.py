@@ -29,6 +29,9 @@ from .loading import mismatches, shapes
 def list_encoders(pattern: str = "*") -> list[str]:
     """Names that `MSAUnet(encoder=...)` takes: "msa" and every architecture of the installed timm.
 
+    >>> list_encoders("resnet18*")
+    ['resnet18', 'resnet18d']
+
     Args:
         pattern: shell-style wildcard, for example "convnext*".
     """

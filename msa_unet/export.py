@@ -47,8 +47,9 @@ def export(
 ) -> None:
     """Write `model`, fused and in eval mode, to `path`; what is there is replaced once all is well.
 
-    >>> export(model, "nuclei.onnx")  # doctest: +SKIP
-    >>> export(model, "nuclei.onnx", dtype="int8", calibration=[Image.open(p) for p in paths])  # doctest: +SKIP
+    >>> model = MSAUnet(decoder_channels=(8, 16, 32, 64)).eval()
+    >>> export(model, "small.onnx")
+    >>> export(model, "small8.onnx", dtype="int8", calibration=[image])
 
     Args:
         model: is left as it is.

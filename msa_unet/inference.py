@@ -40,6 +40,11 @@ Source = NDArray[Any] | Image.Image | Tensor
 class Segmentation:
     """What `predict` found in one image of H x W pixels with a network of K classes.
 
+    >>> result = predict(model, image)
+    >>> result.foreground, result.areas().keys(), result.uncertainty.shape
+    ({1: 'nucleus'}, dict_keys(['nucleus']), (64, 96))
+    >>> result.with_threshold(0.9).overlay().save("overlay.png")
+
     Attributes:
         labels: (H, W) uint8 (uint16 above 256 classes); the class index, or for K = 1: 1 foreground, 0 background.
         probabilities: (K, H, W) float32 in [0, 1]; softmax over classes, or for K = 1 the foreground's sigmoid.
@@ -66,7 +71,7 @@ class Segmentation:
 
     @property
     def foreground(self) -> dict[int, str]:
-        """Label -> class name, without the background: {1: the class} for K = 1, else classes 1 to K - 1."""
+        """Label -> class name of every class but the background; for K = 1 the one class is label 1."""
         return foreground(self.class_names)
 
     def areas(self) -> dict[str, int]:
@@ -148,6 +153,10 @@ def predict(
 ) -> Segmentation | list[Segmentation]:
     """Segment an image, prepared the way `model.config` says the network was trained.
 
+    >>> result = predict(model, image)  # a picture 96 pixels wide and 64 high
+    >>> result.labels.shape, result.probabilities.shape
+    ((64, 96), (1, 64, 96))
+
     Args:
         model: runs on its own device and in its own precision; its training mode is left as it was.
         image: an array (H, W) or (H, W, C), a PIL image, a tensor (C, H, W), or a list of them. uint8 and uint16 are
@@ -196,6 +205,10 @@ def predict(
 
 def read_image(path: str | Path) -> Image.Image:
     """The picture in a PNG, JPEG, TIFF or DICOM file, turned upright if the camera noted an orientation.
+
+    >>> image.save("slide.tif")
+    >>> read_image("slide.tif").size
+    (96, 64)
 
     Raises:
         InputError: the file is missing, damaged, of another format, has several pages, or is absurdly large.

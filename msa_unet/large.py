@@ -29,6 +29,10 @@ def predict_large(
 
     The labels are those of `predict(model, image, tile=tile)`. Needs `pip install msa-unet[predict]`.
 
+    >>> labels = predict_large(model, np.asarray(image), "labels.tif", tile=64)
+    >>> labels.shape, labels.dtype
+    ((64, 96), dtype('uint8'))
+
     Args:
         model: as in `predict`, like `threshold` and `tta`.
         image: an uncompressed, untiled TIFF, or anything of shape (H, W) or (H, W, C) that reads rows from the disk

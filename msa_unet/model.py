@@ -34,7 +34,7 @@ class MSAUnet(nn.Module):
 
     Args:
         encoder: "msa", the published network, or any architecture of timm (`msa_unet.list_encoders()`).
-        in_channels: C.
+        in_channels: the C of the images.
         num_classes: K; 1 means one foreground class (sigmoid), more means softmax with class 0 as background.
         encoder_weights: False for random, True for timm's download, or a path to a .safetensors file with timm's keys.
         encoder_kwargs: passed on to timm, for example {"drop_path_rate": 0.1}.
@@ -107,6 +107,10 @@ class MSAUnet(nn.Module):
         """What each level votes, coarse to fine, each resized to (N, K, H, W); their sum is `model(x)`.
 
         For deep supervision: every level, or every running sum, can have a loss of its own.
+
+        >>> levels = model.forward_levels(torch.rand(1, 3, 60, 80))
+        >>> len(levels), levels[0].shape
+        (5, torch.Size([1, 1, 60, 80]))
         """
         (*coarse, finest), frame = self._votes(x)
         levels = [resize(self._at_finest(vote, frame), frame).to(finest.dtype) for vote in coarse]
@@ -136,6 +140,10 @@ class MSAUnet(nn.Module):
         """A copy for inference: batch norms folded into convolutions, each attention path into two affine maps.
 
         The copy is in eval mode, computes the same function to rounding, and is not meant to be trained or saved.
+
+        >>> x = torch.rand(1, 3, 60, 80)
+        >>> torch.allclose(model.fuse()(x), model(x), atol=1e-3)
+        True
         """
         fused = copy.deepcopy(self).eval()
         fold_batch_norms(fused, (1, self.config.in_channels, *self.encoder.frame(64, 64)))
@@ -146,13 +154,17 @@ class MSAUnet(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that pretrained weights fill: the timm model, or the whole encoder of the published network."""
+        """The part that pretrained weights fill, which is the timm model, or all of the published network's encoder."""
         return self.encoder.backbone if isinstance(self.encoder, TimmEncoder) else self.encoder
 
     def freeze_encoder(self, stages: int | None = None) -> "MSAUnet":
         """Stop training the backbone, or what its first `stages` feature maps depend on; batch-norm statistics too.
 
         It outlasts `.train()`. Undo with `model.requires_grad_(True)`.
+
+        >>> model = MSAUnet("resnet18").freeze_encoder()
+        >>> [group["name"] for group in model.param_groups(lr=1e-3)]
+        ['decoder']
 
         Raises:
             EncoderError: the backbone has fewer feature maps than `stages`.
@@ -185,12 +197,20 @@ class MSAUnet(nn.Module):
         return [group for group in groups if group["params"]]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the encoder's activations in the backward pass instead of keeping them."""
+        """Recompute the encoder's activations in the backward pass instead of keeping them.
+
+        >>> MSAUnet("resnet18").set_grad_checkpointing()
+        """
         self.encoder.set_grad_checkpointing(enable)
 
     @classmethod
     def from_config(cls, config: MSAUnetConfig) -> "MSAUnet":
-        """The network that `config` describes, with random weights; nothing is downloaded."""
+        """The network that `config` describes, with random weights; nothing is downloaded.
+
+        >>> twin = MSAUnet.from_config(model.config)
+        >>> twin.config == model.config
+        True
+        """
         model = cls(
             config.encoder,
             in_channels=config.in_channels,
@@ -222,8 +242,9 @@ class MSAUnet(nn.Module):
     ) -> "MSAUnet":
         """A trained network, in eval mode, that says in `load_report` what became of every tensor.
 
-        >>> model = MSAUnet.from_pretrained("tf_efficientnet_lite0.dsb2018")  # doctest: +SKIP
-        >>> model = MSAUnet.from_pretrained("runs/best", class_names=["background", "nucleus"])  # doctest: +SKIP
+        >>> model = MSAUnet.from_pretrained("tf_efficientnet_lite0.dsb2018", class_names=["background", "nucleus"])
+        >>> model.load_report.adapted[0]
+        'head.votes.0.weight'
 
         Args:
             name_or_path: looked up in this order: a folder of `save_pretrained`; a name of `list_pretrained()`, from
@@ -270,6 +291,10 @@ class MSAUnet(nn.Module):
 
         `from_pretrained(folder)` reads them back bit-identical, without any download.
 
+        >>> model.save_pretrained("my-model", dtype=torch.float16)
+        >>> MSAUnet.from_pretrained("my-model").config.class_names
+        ('nucleus',)
+
         Args:
             folder: created if absent; files of these three names are replaced, others stay.
             dtype: to store floating-point weights in, e.g. torch.float16 for half the size; None for what they are.
@@ -292,6 +317,9 @@ class MSAUnet(nn.Module):
     ) -> str:
         """Upload what `save_pretrained` writes to "organisation/name" on the Hub, in one commit, and return its id.
 
+        >>> # the one example that the tests skip: it needs an account
+        >>> model.push_to_hub("organisation/name", private=True)  # doctest: +SKIP
+
         Args:
             repo_id: created if absent.
             private: whether a created repository is.
@@ -308,6 +336,10 @@ class MSAUnet(nn.Module):
     def from_published(cls, state_dict: Mapping[str, Tensor], antialias: bool = True) -> "MSAUnet":
         """The network of a checkpoint of the published code; widths, channels and classes are read off its tensors.
 
+        >>> state_dict = MSAUnet(decoder_channels=(8, 16, 32, 64)).to_published()  # yours, from torch.load
+        >>> MSAUnet.from_published(state_dict, antialias=False).config.decoder_channels
+        (8, 16, 32, 64)
+
         Args:
             state_dict: tensors under the published names. The three attention blocks that never run are dropped, and
                 `load_report.dropped` names them.
@@ -322,6 +354,9 @@ class MSAUnet(nn.Module):
 
     def to_published(self) -> dict[str, Tensor]:
         """The weights under the names of the published code, without the blocks that never run.
+
+        >>> MSAUnet(decoder_channels=(8, 16, 32, 64)).to_published()["downs.0.conv.0.weight"].shape
+        torch.Size([8, 3, 5, 5])
 
         Raises:
             ConfigError: this is not the published network.
