@@ -1,0 +1,37 @@
+"""Every checkpoint that ships gives the scores that it says it has, where the data is present."""
+
+import csv
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED
+from PIL import Image
+
+from msa_unet import MSAUnet, predict
+
+FOLDERS = sorted(path.parent for path in (ROOT / "weights").glob("*/scores.csv"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_five_scores_are_reproduced(folder):
+    found = sorted((SHARED / "data").glob(f"{folder.name.rpartition('.')[2]}*"))
+    if not found:
+        pytest.skip("needs ../shared/data")
+    scores: dict[str, dict[str, float]] = defaultdict(dict)
+    with (folder / "scores.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            scores[row["image"]][row.get("class", "")] = float(row["dice"])
+    model = MSAUnet.from_pretrained(folder)
+    images = {path.stem: path for path in (found[0] / "images").iterdir()}
+    for stem in list(scores)[:: max(1, len(scores) // 5)][:5]:
+        mask = np.asarray(Image.open(found[0] / "masks" / f"{stem}.png"))
+        result = predict(model, Image.open(images[stem]))
+        for label, name in result.foreground.items():
+            predicted, true = result.labels == label, mask == label
+            wanted = scores[stem].get(name, scores[stem].get(""))
+            if wanted is None:
+                assert not (predicted | true).any()
+            else:
+                dice = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
+                assert dice == pytest.approx(wanted, abs=1e-3)  # a pixel at the threshold may fall either way
