@@ -2,10 +2,10 @@
 
     python benchmarks/report.py
 
-rewrites the marked blocks of README.md and docs/*.md, and docs/images/accuracy-{val,test}.svg. A block stands between
-`<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:end -->`: SPLIT is test if left out, the first VARIANT
-is the reference that the others are compared with; without any, or with "..." for the others, all that have results
-are shown, against msa or that reference.
+rewrites the marked blocks of README.md and docs/*.md, accuracy-{val,test}.svg and speed.svg in docs/images/. A block
+stands between `<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:end -->`: SPLIT is test if left out, the
+first VARIANT is the reference that the others are compared with; without any, or with "..." for the others, all that
+have results are shown, against msa or that reference.
 
 An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
@@ -284,6 +284,33 @@ def plot(results: Path, split: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_speed(folder: Path, path: Path) -> None:
+    """Time of one image at 512x512, eager, per network: a panel per encoder."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "speed", "svg.fonttype": "none", "font.size": 8}  # the same file each time
+    found = {row["encoder"]: None for row in json.loads((folder / "speed.json").read_text())}
+    panels = {
+        encoder: {row["contender"]: row["fastest_ms"] for row in rows}
+        for encoder in found
+        if encoder != "ablations" and (rows := [r for r in speed_rows(folder, encoder) if is_plain(r)])
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.2), squeeze=False, layout="constrained")
+    for (encoder, times), axis in zip(panels.items(), axes[0], strict=True):
+        names = sorted(times, key=times.__getitem__, reverse=True)
+        colours = [{"msa": "C3", "encoder": "0.6"}.get(name, "C0") for name in names]
+        axis.barh(names, [times[name] for name in names], color=colours)
+        axis.set(xlabel="ms", title=encoder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def is_plain(row: dict[str, Any]) -> bool:
+    return (row["mode"], row["engine"]) == ("inference", "eager")
+
+
 def main() -> None:
     for path in documents():
         text = path.read_text() if path.exists() else ""
@@ -293,6 +320,8 @@ def main() -> None:
     for split in ("val", "test"):
         if collect(RESULTS, split):
             plot(RESULTS, split, ROOT / "docs" / "images" / f"accuracy-{split}.svg")
+    if (RESULTS.parent / "speed.json").exists():
+        plot_speed(RESULTS.parent, ROOT / "docs" / "images" / "speed.svg")
 
 
 if __name__ == "__main__":

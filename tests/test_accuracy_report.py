@@ -133,3 +133,5 @@ def test_plots_are_the_same_file_each_time(results: Path, tmp_path: Path):
         report.plot(results, "test", tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "manet" in (tmp_path / "a.svg").read_text()
+    report.plot_speed(results.parent, tmp_path / "speed.svg")
+    assert "unet" in (tmp_path / "speed.svg").read_text()
