@@ -1,7 +1,9 @@
 """Every checkpoint that ships gives the scores that it says it has, where the data is present."""
 
 import csv
+import runpy
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from conftest import ROOT, SHARED
 from PIL import Image
 
 from msa_unet import MSAUnet, predict
+from msa_unet.registry import PretrainedCard
 
+CARD = runpy.run_path(str(ROOT / "weights" / "card.py"))
 FOLDERS = sorted(path.parent for path in (ROOT / "weights").glob("*/scores.csv"))
 
 
@@ -35,3 +39,22 @@ def test_five_scores_are_reproduced(folder):
             else:
                 dice = 2 * (predicted & true).sum() / (predicted.sum() + true.sum())
                 assert dice == pytest.approx(wanted, abs=1e-3)  # a pixel at the threshold may fall either way
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_card_is_what_the_files_say(folder):
+    card = PretrainedCard.read(folder / "card.json")
+    assert CARD["describe"](folder, card.repo_id.partition("/")[0]) == replace(card, revision="")
+
+
+def test_the_tables_are_what_the_cards_say():
+    for path, text in CARD["rebuild"]().items():
+        assert path.read_text() == text, f"run weights/card.py: {path} is stale"
+        assert text.count("(") > len(FOLDERS)
+
+
+def test_intervals_are_over_images():
+    assert CARD["interval"]([[0.7], [0.7]]) == (0.7, 0.7)
+    assert CARD["interval"]([[0.2, 0.8]]) == (0.5, 0.5)  # both classes of the one image, each time
+    low, high = CARD["interval"]([[0.0], [1.0]])
+    assert (low, high) == (0, 1)
