@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# whether torch.compile can ask what is known of a size without making a graph for one; older releases make some more
+DYNAMO_ASKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3) -> list[nn.Module]:
     """A size-keeping convolution without bias, its batch norm and a ReLU."""
@@ -40,7 +43,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def may_differ(size: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two sizes differ; in a graph for all sizes (compiled or exported), whether they do for any image."""
-    if not torch.compiler.is_compiling() and not any(isinstance(side, torch.SymInt) for side in (*size, *other)):
+    symbolic = (torch.compiler.is_compiling() and DYNAMO_ASKS) or any(
+        isinstance(side, torch.SymInt) for side in (*size, *other)
+    )
+    if not symbolic:
         return tuple(size) != tuple(other)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and only needed here
 
