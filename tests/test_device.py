@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_leaves
 from msa_unet import MSAUnet
 
 CUDA = torch.device("cuda:0")
-# timm's position encoding of EdgeNeXt makes a mask on the host and copies it over
-KNOWN_STRAYS = {"edgenext_xx_small": {"aten::zeros", "aten::_to_copy"}}
+# in timm the position encoding of EdgeNeXt makes a mask on the host and copies it over, CSATv2 makes its constants there
+KNOWN_STRAYS = {
+    "edgenext_xx_small": {"aten::zeros", "aten::_to_copy"},
+    "csatv2": {"aten::lift_fresh", "aten::_to_copy", "prim::device"},
+}
 
 
 class Strays(TorchDispatchMode):
@@ -74,7 +77,7 @@ def test_forward_stays_on_the_device(encoder: str, training: bool):
         logits = model(x)
     assert logits.shape == (2, 2, 250, 190)
     assert {t.device for t in (logits, *levels)} == {CUDA}
-    assert strays.found == KNOWN_STRAYS.get(encoder, set())
+    assert strays.found <= KNOWN_STRAYS.get(encoder, set())
 
 
 @pytest.mark.parametrize("encoder", ["msa", *NAMES])
@@ -83,7 +86,7 @@ def test_backward_stays_on_the_device(encoder: str):
     x = torch.empty(2, 3, 250, 190, device="meta")
     with Strays(torch.device("meta")) as strays:
         model(x).square().mean().backward()
-    assert strays.found == KNOWN_STRAYS.get(encoder, set())
+    assert strays.found <= KNOWN_STRAYS.get(encoder, set())
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert {g.device.type for g in gradients} == {"meta"}
