@@ -7,6 +7,8 @@ stands between `<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:en
 first VARIANT is the reference that the others are compared with; without any, or with "..." for the others, all that
 have results are shown, against msa or that reference.
 
+`<!-- accuracy:begin summary -->` holds one table of the test split's Dice, with msa's lead over each other variant.
+
 An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
 method adjusts the p values over the variants compared on one data set; 0.05 or above is "not separable".
@@ -151,6 +153,26 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
     return "\n\n".join(parts or ["No results yet."]) + "\n"
 
 
+def summary(results: Path, reference: str = "msa") -> str:
+    """Markdown, a row per setting of the test split: Dice of each variant, and the reference's lead where it is one."""
+    settings = collect(results, "test")
+    others = sorted({variant for scores in settings.values() for variant in scores} - {reference})
+    lines = [["data set", "images", "seeds", reference, *others], ["---"] * (4 + len(others))]
+    for (data_set, *_), scores in settings.items():
+        if reference not in scores:
+            continue
+        compared = compare(scores, reference)
+        cells = [
+            f"{100 * scores[v]['dice'].mean():.1f}; {compared[v][0]}, {compared[v][1].partition(',')[0]}"
+            if v in scores
+            else ""
+            for v in others
+        ]
+        images, seeds = scores[reference]["dice"].shape
+        lines.append([data_set, str(images), str(seeds), percent(scores[reference]["dice"]), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def percent(scores: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % interval of (images, seeds), in percent."""
     low, high = np.percentile(bootstrap(scores), (2.5, 97.5))
@@ -241,7 +263,9 @@ def rebuild(text: str, results: Path = RESULTS) -> str:
 
     def block(match: re.Match[str]) -> str:
         kind, first, *variants = match[2], *(match[3].split() or ["test"])
-        if kind == "accuracy":
+        if (kind, first) == ("accuracy", "summary"):
+            table = summary(results)
+        elif kind == "accuracy":
             table = tables(results, first, variants)
         else:
             table = (cells_table if variants == ["all"] else speed_table)(results.parent, first)

@@ -1,6 +1,7 @@
 """benchmarks/report.py: statistics against known results, and documents that agree with the numbers they show."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,16 @@ def test_tables(results: Path):
     assert unet[6] == "msa better, p = 0.0004"  # 2 / 10001, times the two comparisons
     assert unet[-4:] == ["1.23", "0.50", "1.00", "1.00 |"]
     assert msa[-2:] == ["0.60", "0.60 |"]
+
+
+def test_summary(results: Path):
+    text = report.rebuild("<!-- accuracy:begin summary -->\n<!-- accuracy:end -->", results)
+    head, _, row = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    assert head == ["| data set", "images", "seeds", "msa", "manet", "unet |"]
+    assert row[:3] == ["| squares", "31", "2"]
+    assert row[4].endswith("not separable")
+    assert re.match(r"[\d.]+; \+[\d.]+ \(\+[\d.]+ to \+[\d.]+\), msa better \|", row[5])
+    assert report.rebuild(text, results) == text
 
 
 def test_speed_table(results: Path):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from msa_unet import MSAUnet
 
 CUDA = torch.device("cuda:0")
-# in timm the position encoding of EdgeNeXt makes a mask on the host and copies it over, CSATv2 makes its constants there
+# timm: the position encoding of EdgeNeXt makes a mask on the host and copies it over, CSATv2 its constants
 KNOWN_STRAYS = {
     "edgenext_xx_small": {"aten::zeros", "aten::_to_copy"},
     "csatv2": {"aten::lift_fresh", "aten::_to_copy", "prim::device"},
