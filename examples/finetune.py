@@ -274,10 +274,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build(args: argparse.Namespace, names: list[str]) -> MSAUnet:
+def build(args: argparse.Namespace, splits: dict[str, list[str]]) -> MSAUnet:
     """The network to start from; of two classes, the second against the rest."""
-    names = names[1:] if len(names) == 2 else names
+    others = 1 if len(splits["classes"]) == 2 else 0
+    background, names = splits["classes"][:others], splits["classes"][others:]
     if args.checkpoint:
+        model = MSAUnet.from_pretrained(args.checkpoint, in_channels=args.channels)
+        if not (args.data / "splits.json").exists() and model.config.num_classes == len(names):
+            splits["classes"] = [*background, *model.config.class_names]  # nothing says that they are others
+            return model
         return MSAUnet.from_pretrained(args.checkpoint, class_names=names, in_channels=args.channels)
     weights = {"timm": args.encoder != "msa", "none": False}.get(args.encoder_weights, args.encoder_weights)
     options = {"in_channels": args.channels or 3, "decoder_channels": args.decoder_channels, "encoder_weights": weights}
@@ -299,7 +304,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
         raise ConfigError(f"{args.output} holds the result of another run: choose a new folder.")
 
     set_seed(args.seed)
-    model = build(args, splits["classes"])
+    model = build(args, splits)
     accelerator.print(model.load_report or f"{sum(p.numel() for p in model.parameters()):,} parameters")
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         model = convert_sync_batchnorm(model)  # the CPU has none: each process normalises by what it sees

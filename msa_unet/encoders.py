@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

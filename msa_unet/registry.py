@@ -181,9 +181,9 @@ def add_list_parser(subparsers: Any) -> None:
 
 
 def add_info_parser(subparsers: Any) -> None:
-    """`msa-unet info NAME`: everything on one card."""
-    parser = subparsers.add_parser("info", help="show the card of a pretrained checkpoint")
-    parser.add_argument("name", help="a name that `msa-unet list` shows")
+    """`msa-unet info NAME`: everything on one card, or in a folder's config."""
+    parser = subparsers.add_parser("info", help="show what a checkpoint is")
+    parser.add_argument("name", help="a name that `msa-unet list` shows, or a folder of `save_pretrained`")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=_info)
 
@@ -205,16 +205,22 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    card = get_card(args.name)
-    values = dataclasses.asdict(card)
+    if (Path(args.name) / CONFIG).is_file():
+        from .hub import read_config
+
+        values = read_config(Path(args.name) / CONFIG).to_dict()
+        texts = {key: printable(value) for key, value in values.items()}
+    else:
+        card = get_card(args.name)
+        values = dataclasses.asdict(card)
+        texts = values | {"class_names": ", ".join(card.class_names), "metrics": _metrics(card)}
+        texts |= {"size": f"{card.size} bytes", "input_size": "x".join(map(str, card.input_size or ("any",)))}
+        texts["revision"] = card.revision or "not published yet"
     if args.json:
         print(json.dumps(values, indent=2))
         return 0
-    values |= {"class_names": ", ".join(card.class_names), "metrics": _metrics(card), "size": f"{card.size} bytes"}
-    values["input_size"] = "x".join(map(str, card.input_size or ("any",)))
-    values["revision"] = card.revision or "not published yet"
-    for key, value in values.items():
-        print(f"{key.replace('_', ' '):<12} {value}")
+    for key, text in texts.items():
+        print(f"{key.replace('_', ' '):<{max(map(len, texts))}} {text}")
     return 0
 
 

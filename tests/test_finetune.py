@@ -245,6 +245,15 @@ def test_masks_without_named_classes_hold_indices(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_keeps_its_classes_where_nothing_names_others(data, tmp_path, capsys):
+    MSAUnet("resnet18", decoder_channels=(8,) * 5, class_names=["nucleus"]).save_pretrained(tmp_path / "old")
+    finetune.main([str(a) for a in (data, tmp_path / "out", "--from", tmp_path / "old", "--size", 48, "--epochs", 1)])
+    assert "initialised" not in capsys.readouterr().out
+    assert MSAUnet.from_pretrained(tmp_path / "out").config.class_names == ("nucleus",)
+    assert {row["class"] for row in rows_of(tmp_path / "out" / "scores.csv")} == {"nucleus"}
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["classes"] == ["background", "nucleus"]
+
+
 def test_from_a_checkpoint_with_other_classes_and_channels(tmp_path, capsys):
     folder = write_data(tmp_path / "data", classes=3)
     splits = {"train": [f"{i:02}" for i in range(12)], "val": ["13", "14"], "test": ["12", "17", "18"]}

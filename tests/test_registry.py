@@ -152,6 +152,11 @@ def test_list_and_info_for_people_and_programs(root: Path, capsys: pytest.Captur
     assert "64x64" in text
     with pytest.raises(CheckpointError, match="did you mean"):
         run("info", "msa.cels")
+    (root / "msa.cells" / CARD).rename(root / "card.json")  # a folder of one's own has none
+    run("info", str(root / "msa.cells"))
+    assert re.search(r"^encoder +msa$", capsys.readouterr().out, re.MULTILINE)
+    run("info", str(root / "msa.cells"), "--json")
+    assert json.loads(capsys.readouterr().out) == read_config(root / "msa.cells" / CONFIG).to_dict()
 
 
 def test_file_content_is_never_markup_or_escape_code() -> None:
