@@ -17,6 +17,8 @@ from PIL import Image
 from msa_unet import MSAUnet
 from msa_unet.inference import prepare, to_unit_range
 
+if len(sys.argv) != 3:
+    raise SystemExit(__doc__)
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 torch.manual_seed(0)
 model = MSAUnet.from_pretrained("tf_efficientnet_lite0.dsb2018", class_names=["background", "lesion"])
