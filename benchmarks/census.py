@@ -12,6 +12,7 @@ billions of multiply-accumulates. The smallest architecture of every timm module
 """
 
 import argparse
+import copy
 import csv
 import fnmatch
 import multiprocessing
@@ -91,6 +92,7 @@ def _check(model: MSAUnet, device: str, size: tuple[int, int], backward: bool) -
 
 
 def _gmac(model: MSAUnet, device: str, size: int) -> object:
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter's hooks mistake parameters that need a gradient
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size, device=device))
@@ -164,8 +166,10 @@ def main() -> None:
             rows[row["encoder"]] = row
             write(rows, RESULTS, COLUMNS)
         smallest: dict[str, str] = {}
-        for name in sorted(rows, key=lambda n: int(rows[n]["parameters"] or 10**12), reverse=True):
+        for name in sorted(rows, key=lambda n: (int(rows[n]["parameters"] or 10**12), n), reverse=True):
             smallest[rows[name]["module"]] = name
+        for name in rows.keys() - set(smallest.values()):
+            rows[name]["train_step"] = ""
         todo = {pool.submit(train_step, n): n for n in smallest.values() if not rows[n]["train_step"]}
         for future in tqdm(as_completed(todo), total=len(todo), desc="real training steps"):
             rows[todo[future]]["train_step"] = future.result()
