@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ PEERS = {
     "segformer": "Segformer",
 }
 CELL = ("encoder", "size", "batch", "mode", "engine", "dtype", "device")
-LARGEST = {"published": 512**2, "": 2 * 1024**2}  # pixels of a batch: the literal form needs 20 GB beyond
+LARGEST = 2 * 1024**2  # pixels of a batch
+LITERAL_LARGEST = 512  # its side: the literal form needs over 20 GB beyond
 
 
 def contenders(encoder: str, size: int) -> dict[str, Callable[[], nn.Module]]:
     """What is compared at one encoder, ours first."""
     if encoder == "published":
-        return {"msa": MSAUnet, "literal": LiteralMSAUnet}
+        return {"msa": MSAUnet} | ({"literal": LiteralMSAUnet} if size <= LITERAL_LARGEST else {})
     if encoder == "ablations":
         names = ["msa", "unet", *(name for name in VARIANTS if name.startswith("base"))]
         return {name: lambda name=name: VARIANTS[name](3, 1, None) for name in names}
@@ -131,9 +132,10 @@ def timed(step: Callable[[], None], device: str) -> float:
     return 1000 * (time.perf_counter() - begin)
 
 
-def measure(cell: dict[str, Any], seconds: float, memory: bool) -> list[dict[str, Any]]:
+def measure(cell: dict[str, Any], seconds: float, memory: bool, only: Sequence[str]) -> list[dict[str, Any]]:
     """A row per contender of the cell; contenders that cannot be built for it are said and left out."""
-    built = {name: attempt(name, build) for name, build in contenders(cell["encoder"], cell["size"]).items()}
+    wanted = {n: build for n, build in contenders(cell["encoder"], cell["size"]).items() if not only or n in only}
+    built = {name: attempt(name, build) for name, build in wanted.items()}
     models = {name: model for name, model in built.items() if model is not None}
     costs = {n: (sum(p.numel() for p in m.parameters()), gmac(m, cell["size"])) for n, m in models.items()}
     steps = {name: prepared(model, cell) for name, model in models.items()}
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["inference", "train"], choices=["inference", "train"])
     parser.add_argument("--engines", nargs="+", default=["eager", "fused", "compiled"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--contenders", nargs="+", default=(), help="msa and which others; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=15, help="of rounds per cell")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -244,11 +247,11 @@ def main() -> None:
         training = cell["mode"] == "train"
         # nobody trains what is folded, and batch norms of some peers need two images
         impossible = training and (cell["engine"] == "fused" or cell["batch"] == 1)
-        if values in done or impossible or pixels > LARGEST.get(cell["encoder"], LARGEST[""]):
+        if values in done or impossible or pixels > LARGEST:
             continue
         print(" ".join(map(str, values)), flush=True)
         torch.manual_seed(0)
-        rows = [row | machine for row in measure(cell, args.seconds, not args.no_memory)]
+        rows = [row | machine for row in measure(cell, args.seconds, not args.no_memory, args.contenders)]
         record(rows, args.output)
         for row in rows:
             print(f"  {row['contender']:14} {row['fastest_ms']:9.1f} ms {row['ratio']:6.3f} {row['ratio_range']}")
