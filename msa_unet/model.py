@@ -336,7 +336,7 @@ class MSAUnet(nn.Module):
     def from_published(cls, state_dict: Mapping[str, Tensor], antialias: bool = True) -> "MSAUnet":
         """The network of a checkpoint of the published code; widths, channels and classes are read off its tensors.
 
-        >>> state_dict = MSAUnet(decoder_channels=(8, 16, 32, 64)).to_published()  # yours, from torch.load
+        >>> state_dict = MSAUnet(decoder_channels=(8, 16, 32, 64)).to_published()
         >>> MSAUnet.from_published(state_dict, antialias=False).config.decoder_channels
         (8, 16, 32, 64)
 
