@@ -58,18 +58,22 @@ def test_inductor_computes_what_eager_mode_does():
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 def test_inductor_trains_as_eager_mode_does():
     eager = tiny("resnet10t")
-    compiled = copy.deepcopy(eager)
+    compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     x, target = torch.randn(4, 3, 70, 90), torch.randint(0, 2, (4, 70, 90))
-    losses = []
-    for model, run in ((eager, eager), (compiled, torch.compile(compiled, fullgraph=True))):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, gradients = [], []
+    for model, run in ((exact, exact), (eager, eager), (compiled, torch.compile(compiled, fullgraph=True))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(2):
-            loss = nn.functional.cross_entropy(run(x), target)
+            loss = nn.functional.cross_entropy(run(x.to(next(model.parameters()).dtype)), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[2:] == pytest.approx(losses[:2], rel=1e-4)  # the second has seen the first one's step
-    largest = max(p.grad.abs().max() for p in eager.parameters())
-    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
-        assert (a.grad - b.grad).abs().max() < 1e-3 * largest
+            gradients.append([p.grad.double() for p in model.parameters()])
+    assert losses[4:] == pytest.approx(losses[2:4], rel=1e-4)  # the second has seen the first one's step
+
+    def error(found):  # rounding can turn a ReLU over, in eager mode as well
+        largest = max(g.abs().max() for g in gradients[0])
+        return max((a - b).abs().max() / largest for a, b in zip(found, gradients[0], strict=True))
+
+    assert error(gradients[4]) < 2 * error(gradients[2]) + 1e-4
