@@ -149,8 +149,13 @@ def tables(results: Path, split: str = "test", variants: Sequence[str] = ()) -> 
         parts.append(
             f"{data_set}, {split} split: {images} images, {size}x{size}, {epochs} epochs ({steps} steps of {batch})"
         )
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(markdown(lines))
     return "\n\n".join(parts or ["No results yet."]) + "\n"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells: head, rule, rows."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summary(results: Path, reference: str = "msa") -> str:
@@ -170,7 +175,7 @@ def summary(results: Path, reference: str = "msa") -> str:
         ]
         images, seeds = scores[reference]["dice"].shape
         lines.append([data_set, str(images), str(seeds), percent(scores[reference]["dice"]), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 def percent(scores: np.ndarray, sign: str = "") -> str:
@@ -193,19 +198,28 @@ def read_times(folder: Path) -> dict[str, tuple[str, str]]:
     """A train step's and inference's time per variant as a share of Unet's in the same run, blank if not measured."""
     times: dict[str, list[str]] = defaultdict(lambda: ["", ""])
     for encoder, mode in product((ENCODER, "ablations"), ("train", "inference")):
-        rows = [r for r in speed_rows(folder, encoder) if (r["mode"], r["engine"]) == (mode, "eager")]
+        rows = eager_rows(folder, encoder, mode)
         unet = next((row["ratio"] for row in rows if row["contender"] == "unet"), None)
         for row in rows if unet else []:
             times[row["contender"]][mode == "inference"] = f"{unet / row['ratio']:.2f}"  # ratios are msa's to theirs
     return defaultdict(lambda: ("", ""), {variant: (train, infer) for variant, (train, infer) in times.items()})
 
 
+def read_speed(folder: Path) -> list[dict[str, Any]]:
+    """All that speed.py found."""
+    path = folder / "speed.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def eager_rows(folder: Path, encoder: str, mode: str) -> list[dict[str, Any]]:
+    """Those of `speed_rows` in one mode, not folded and not compiled."""
+    return [row for row in speed_rows(folder, encoder) if (row["mode"], row["engine"]) == (mode, "eager")]
+
+
 def speed_rows(folder: Path, encoder: str) -> list[dict[str, Any]]:
     """What speed.py found for one encoder at the size of the tables, float32: one image, or a train step on two."""
-    path = folder / "speed.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
     wanted = {"encoder": encoder, "size": SPEED_SIZE, "dtype": "float32", "device": "cpu"}
-    rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    rows = [row for row in read_speed(folder) if all(row[key] == value for key, value in wanted.items())]
     return [row for row in rows if row["batch"] == {"inference": 1, "train": 2}[row["mode"]]]
 
 
@@ -231,13 +245,12 @@ def speed_table(folder: Path, encoder: str) -> str:
         lines.append(line)
     if not rows:
         return "No results yet.\n"
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 def cells_table(folder: Path, encoder: str) -> str:
     """Markdown: a row per cell of speed.json at one encoder, MSA-Unet's time and its share of each other's."""
-    path = folder / "speed.json"
-    rows = [r for r in (json.loads(path.read_text()) if path.exists() else []) if r["encoder"] == encoder]
+    rows = [row for row in read_speed(folder) if row["encoder"] == encoder]
     if not rows:
         return "No results yet.\n"
     key = ("mode", "size", "batch", "dtype", "engine")
@@ -255,7 +268,7 @@ def cells_table(folder: Path, encoder: str) -> str:
             for name in others
         ]
         lines.append([*map(str, cell), f"{ours['fastest_ms']:.0f} ms", *shares])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 def rebuild(text: str, results: Path = RESULTS) -> str:
@@ -314,11 +327,11 @@ def plot_speed(folder: Path, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     mpl.rcParams |= {"svg.hashsalt": "speed", "svg.fonttype": "none", "font.size": 8}  # the same file each time
-    found = {row["encoder"]: None for row in json.loads((folder / "speed.json").read_text())}
+    found = dict.fromkeys(row["encoder"] for row in read_speed(folder))
     panels = {
         encoder: {row["contender"]: row["fastest_ms"] for row in rows}
         for encoder in found
-        if encoder != "ablations" and (rows := [r for r in speed_rows(folder, encoder) if is_plain(r)])
+        if encoder != "ablations" and (rows := eager_rows(folder, encoder, "inference"))
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.2), squeeze=False, layout="constrained")
     for (encoder, times), axis in zip(panels.items(), axes[0], strict=True):
@@ -331,10 +344,6 @@ def plot_speed(folder: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def is_plain(row: dict[str, Any]) -> bool:
-    return (row["mode"], row["engine"]) == ("inference", "eager")
-
-
 def main() -> None:
     for path in documents():
         text = path.read_text() if path.exists() else ""
@@ -344,7 +353,7 @@ def main() -> None:
     for split in ("val", "test"):
         if collect(RESULTS, split):
             plot(RESULTS, split, ROOT / "docs" / "images" / f"accuracy-{split}.svg")
-    if (RESULTS.parent / "speed.json").exists():
+    if read_speed(RESULTS.parent):
         plot_speed(RESULTS.parent, ROOT / "docs" / "images" / "speed.svg")
 
 

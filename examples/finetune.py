@@ -279,10 +279,11 @@ def build(args: argparse.Namespace, splits: dict[str, list[str]]) -> MSAUnet:
     others = 1 if len(splits["classes"]) == 2 else 0
     background, names = splits["classes"][:others], splits["classes"][others:]
     if args.checkpoint:
-        model = MSAUnet.from_pretrained(args.checkpoint, in_channels=args.channels)
-        if not (args.data / "splits.json").exists() and model.config.num_classes == len(names):
-            splits["classes"] = [*background, *model.config.class_names]  # nothing says that they are others
-            return model
+        if not (args.data / "splits.json").exists():
+            model = MSAUnet.from_pretrained(args.checkpoint, in_channels=args.channels)
+            if model.config.num_classes == len(names):
+                splits["classes"] = [*background, *model.config.class_names]  # nothing says that they are others
+                return model
         return MSAUnet.from_pretrained(args.checkpoint, class_names=names, in_channels=args.channels)
     weights = {"timm": args.encoder != "msa", "none": False}.get(args.encoder_weights, args.encoder_weights)
     options = {"in_channels": args.channels or 3, "decoder_channels": args.decoder_channels, "encoder_weights": weights}

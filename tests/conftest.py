@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real data and goldens where they are, quiet single-threaded torch."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from msa_unet.encoders import make_plan
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+# inductor and AOTInductor write C++ and look for one of these
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,10 @@
 """torch.compile: one graph for all sizes, without breaks, that computes what eager mode does, train step included."""
 
 import copy
-import shutil
 
 import pytest
 import torch
-from conftest import small
+from conftest import needs_compiler, small
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -44,7 +43,7 @@ def test_bad_input_is_refused_when_compiled():
         torch.compile(small("resnet10t"), backend="eager")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_inductor_computes_what_eager_mode_does():
     model = tiny("msa").eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -55,7 +54,7 @@ def test_inductor_computes_what_eager_mode_does():
             assert (compiled(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_inductor_trains_as_eager_mode_does():
     eager = tiny("resnet10t")
     compiled, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_compiler
 from PIL import Image
 
 from msa_unet import ConfigError, ExportError, MSAUnet, predict
@@ -204,7 +203,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@needs_compiler
 def test_a_compiled_package_runs_without_this_one(tmp_path):
     torch.manual_seed(0)
     model = MSAUnet("resnet10t", decoder_channels=(8,) * 5, class_names=["cell"]).eval()
@@ -240,10 +239,10 @@ RECIPES = dict(
 )
 
 
-@pytest.mark.parametrize("recipe", ["onnx", "torch.export", pytest.param("aoti", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["onnx", "torch.export", pytest.param("aoti", marks=[pytest.mark.slow, needs_compiler])]
+)
 def test_the_documented_recipes(recipe, tmp_path, monkeypatch):
-    if recipe == "aoti" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("needs a C++ compiler")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names = {}
