@@ -61,8 +61,8 @@ The {{images}} images of the test split at full size, scored once, with these we
 [scores.csv](scores.csv), where a class that neither the mask nor the network has in an image has no score. NSD is the
 normalised surface Dice at a tolerance of {TOLERANCE:g} pixel.
 
-| | mean | 95 % interval (bootstrap over images) |
-|---|---|---|
+| | images | mean | 95 % interval (bootstrap over images) |
+|---|---|---|---|
 {{table}}
 Typical images, and the worst: each as it is, with its mask, with what the network finds.
 
@@ -153,9 +153,9 @@ class Course(Dataset):
         self.order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(epochs)])
         turns = [] if upright else [v2.RandomVerticalFlip(), v2.RandomApply([v2.RandomRotation((90, 90))])]
         small = v2.RandomAffine(15, (0.05, 0.05), (0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR)
-        colour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+        colour = [v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1), v2.RandomGrayscale(0.1)]
         crop = v2.RandomCrop(size, pad_if_needed=True)
-        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), *turns, small, colour])
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), *turns, small, *colour])
 
     def __getitem__(self, i: int) -> Pair:
         image, mask = self.pairs[self.order[i]]
@@ -416,12 +416,15 @@ def publish(args, model, splits, pairs, scores: np.ndarray, command: str) -> Non
         draw_predictions(args.output / f"{name}.png", model, shown)
 
     means = {f"test_{name}": round(float(scores[there, m].mean()), 4) for m, name in enumerate(SCORES)}
+    values = {name: scores[..., m] for m, name in enumerate(means)}  # (images, classes) each
+    if len(names) > 1:
+        values |= {f"test_dice, {name}": scores[:, [k], 0] for k, name in enumerate(names) if there[:, k].any()}
     drawn = np.random.default_rng(0).integers(len(scores), size=(10_000, len(scores)))  # images, not rows
-    count = there.sum(1)[drawn].sum(1).clip(1)
     table = ""
-    for m, (name, mean) in enumerate(means.items()):
-        low, high = np.quantile(np.nansum(scores[..., m], 1)[drawn].sum(1) / count, (0.025, 0.975))
-        table += f"| {name} | {mean:.4f} | {low:.4f} to {high:.4f} |\n"
+    for name, value in values.items():
+        count = (~np.isnan(value)).sum(1)
+        low, high = np.quantile(np.nansum(value, 1)[drawn].sum(1) / count[drawn].sum(1).clip(1), (0.025, 0.975))
+        table += f"| {name} | {(count > 0).sum()} | {np.nanmean(value):.4f} | {low:.4f} to {high:.4f} |\n"
     source = {"dataset": args.dataset or args.data.resolve().name, "dataset_licence": args.dataset_licence}
     size = (args.size, args.size)
     model.config = replace(model.config, **source, input_size=size, licence=args.licence, metrics=means)

@@ -123,7 +123,9 @@ def test_the_folder_is_ready_for_the_hub(finished, data):
     assert card.startswith("---\n")
     assert "license: apache-2.0" in card
     assert f"python examples/finetune.py {data} {out} --encoder msa --decoder-channels 8 16 32 64" in card
-    mean, low, high = map(float, re.search(r"\| test_dice \| (\S+) \| (\S+) to (\S+) \|", card).groups())
+    mean, low, high = map(
+        float, re.search(rf"\| test_dice \| {len(expected)} \| (\S+) \| (\S+) to (\S+) \|", card).groups()
+    )
     assert mean == model.config.metrics["test_dice"]
     assert min(expected) - 1e-4 <= low <= mean <= high <= max(expected) + 1e-4
     assert all((out / name).exists() for name in re.findall(r"\]\((\S+?)\)", card))
@@ -272,6 +274,10 @@ def test_from_a_checkpoint_with_other_classes_and_channels(tmp_path, capsys):
     rows = rows_of(tmp_path / "out" / "scores.csv")
     assert {row["image"] for row in rows} >= {"17", "18"}  # both have both classes
     assert {row["class"] for row in rows} == {"cell", "gland"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name in ("cell", "gland"):
+        dice = [float(row["dice"]) for row in rows if row["class"] == name]
+        assert f"| test_dice, {name} | {len(dice)} | {np.mean(dice):.4f} |" in card
 
     # the same again has nothing left to train, and the card's fields may change
     finetune.main([str(a) for a in (*arguments, "--licence", "MIT")])

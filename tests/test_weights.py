@@ -58,3 +58,12 @@ def test_intervals_are_over_images():
     assert CARD["interval"]([[0.2, 0.8]]) == (0.5, 0.5)  # both classes of the one image, each time
     low, high = CARD["interval"]([[0.0], [1.0]])
     assert (low, high) == (0, 1)
+
+
+def test_kinds_of_images_have_rows_of_their_own(tmp_path):
+    (tmp_path / "scores.csv").write_text("image,class,dice\na,x,0.25\na,y,0.75\nb,x,0.5\nc,x,1\n")
+    table = CARD["kinds"](tmp_path, {"a": "grey", "b": "grey", "c": "colour"})
+    assert table.splitlines()[2:] == [
+        "| grey | 2 | 0.5000 (0.5000 to 0.5000) |",
+        "| colour | 1 | 1.0000 (1.0000 to 1.0000) |",
+    ]

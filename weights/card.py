@@ -2,7 +2,10 @@
 
     python weights/card.py                                          # every folder beside this file
     python weights/card.py weights/tf_efficientnet_lite0.dsb2018
+    python weights/card.py weights/tf_efficientnet_lite0.dsb2018 --groups modality ../shared/data/dsb2018/splits.json
 
+The last prints the mean test Dice of each kind of image, too, as a table for the card: the entry of splits.json that is
+named says what kind each image is.
 The tables are those of README.md and weights/README.md. Intervals are 95 % bootstraps over the images of scores.csv, of
 each with all its classes: 10,000 resamples.
 """
@@ -30,15 +33,33 @@ def interval(images: list[list[float]]) -> tuple[float, float]:
     return round(float(low), 4), round(float(high), 4)
 
 
-def describe(folder: Path, organisation: str) -> PretrainedCard:
-    """The card of a folder that holds config.json, model.safetensors and scores.csv."""
-    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def read_scores(folder: Path, metric: str) -> dict[str, list[float]]:
+    """The scores of each image by its name, one of each class that it has."""
+    scores = defaultdict(list)
     with (folder / "scores.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            for metric in ("dice", "iou"):
-                scores[metric][row["image"]].append(float(row[metric]))
-    intervals = {f"test_{metric}": interval(list(images.values())) for metric, images in scores.items()}
+            scores[row["image"]].append(float(row[metric]))
+    return scores
+
+
+def describe(folder: Path, organisation: str) -> PretrainedCard:
+    """The card of a folder that holds config.json, model.safetensors and scores.csv."""
+    metrics = json.loads((folder / CONFIG).read_text())["metrics"]
+    scores = {name: read_scores(folder, name.removeprefix("test_")) for name in metrics}
+    intervals = {name: interval(list(images.values())) for name, images in scores.items()}
     return PretrainedCard.describe(folder, f"{organisation}/{folder.resolve().name}", intervals=intervals)
+
+
+def kinds(folder: Path, groups: dict[str, str]) -> str:
+    """Markdown: a row per kind of image, the most frequent first; `groups` has the kind of each image."""
+    scores: dict[str, list[list[float]]] = defaultdict(list)
+    for image, values in read_scores(folder, "dice").items():
+        scores[groups[image]].append(values)
+    rows = ["| kind | images | mean Dice (95 % interval) |", "|---|---|---|"]
+    for kind, images in sorted(scores.items(), key=lambda item: -len(item[1])):
+        low, high = interval(images)
+        rows.append(f"| {kind} | {len(images)} | {np.concatenate(images).mean():.4f} ({low:.4f} to {high:.4f}) |")
+    return "\n".join(rows)
 
 
 def table(links: str = "") -> str:
@@ -67,10 +88,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", default=[path.parent for path in WEIGHTS.glob(f"*/{CONFIG}")])
     parser.add_argument("--organisation", default="msa-unet", help="of the Hub, where it is to be published")
+    parser.add_argument("--groups", nargs=2, metavar=("ENTRY", "SPLITS"), help="kinds of images, for a table of them")
     args = parser.parse_args()
     for folder in args.folders:
         card = describe(folder, args.organisation)
         card.write(folder)
         print(card)
+        if args.groups:
+            entry, splits = args.groups
+            print(kinds(folder, json.loads(Path(splits).read_text())[entry]))
     for path, text in rebuild().items():
         path.write_text(text)
