@@ -28,7 +28,7 @@ class PretrainedCard:
         CheckpointError: a field has the wrong type or an impossible value.
     """
 
-    name: str  # `<encoder>.<training data>`
+    name: str  # `<encoder>.<training data>`, or `msa_small.<...>` for "msa" at reduced width
     repo_id: str  # "organisation/name" on the Hub
     revision: str  # the commit that from_pretrained downloads; "" until it is published
     sha256: str  # of model.safetensors
