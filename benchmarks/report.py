@@ -18,6 +18,8 @@ image of 512x512 (two in a train step), from benchmarks/results/speed.json: the 
 MSA-Unet's time as a share of that network's, median of the pairs of one round and the range of their middle 80 %. With
 "all" behind ENCODER it holds every cell that was measured, a row each.
 
+A block `<!-- rows:begin NAME -->` to `<!-- rows:end -->` holds the rows of benchmarks/results/NAME.json.
+
 Plots need matplotlib.
 """
 
@@ -35,7 +37,7 @@ from accuracy import ENCODER, RESULTS, ROOT, TOLERANCE, read
 
 RESAMPLES = 10_000
 SPEED_SIZE = 512
-BLOCK = re.compile(r"(<!-- (accuracy|speed):begin(.*?)-->\n).*?(<!-- \2:end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (accuracy|speed|rows):begin(.*?)-->\n).*?(<!-- \2:end -->)", re.DOTALL)
 METRICS = {"dice": "Dice", "iou": "IoU", "nsd": f"NSD at {TOLERANCE:g} px", "cldice": "clDice"}
 
 Setting = tuple[str, int, int, int]  # data set, size, epochs, batch
@@ -271,6 +273,16 @@ def cells_table(folder: Path, encoder: str) -> str:
     return markdown(lines) + "\n"
 
 
+def rows_table(folder: Path, name: str) -> str:
+    """Markdown: the rows of a results file, a column per key, ranges as "low to high"."""
+    path = folder / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    if not rows:
+        return "No results yet.\n"
+    cells = [[" to ".join(map(str, v)) if isinstance(v, list) else v for v in row.values()] for row in rows]
+    return markdown([list(rows[0]), ["---"] * len(rows[0]), *([str(c) for c in line] for line in cells)]) + "\n"
+
+
 def rebuild(text: str, results: Path = RESULTS) -> str:
     """The document with every marked block made anew."""
 
@@ -280,6 +292,8 @@ def rebuild(text: str, results: Path = RESULTS) -> str:
             table = summary(results)
         elif kind == "accuracy":
             table = tables(results, first, variants)
+        elif kind == "rows":
+            table = rows_table(results.parent, first)
         else:
             table = (cells_table if variants == ["all"] else speed_table)(results.parent, first)
         return f"{match[1]}\n{table}\n{match[4]}"

@@ -120,6 +120,14 @@ def test_speed_table(results: Path):
     assert report.rebuild(text, results) == text
 
 
+def test_rows_of_a_results_file(results: Path):
+    (results.parent / "thing.json").write_text('{"torch": "x", "rows": [{"size": 1, "range": [0.5, 2]}]}')
+    text = report.rebuild("<!-- rows:begin thing -->\n<!-- rows:end -->", results)
+    assert "| size | range |\n| --- | --- |\n| 1 | 0.5 to 2 |\n" in text
+    assert report.rebuild(text, results) == text
+    assert "No results yet." in report.rebuild("<!-- rows:begin other -->\n<!-- rows:end -->", results)
+
+
 def test_table_of_all_cells(results: Path):
     text = report.rebuild(f"<!-- speed:begin {report.ENCODER} all -->\n<!-- speed:end -->", results)
     assert "| mode | size | batch | dtype | engine | msa | unet |" in text
