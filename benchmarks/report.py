@@ -279,8 +279,8 @@ def rows_table(folder: Path, name: str) -> str:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     if not rows:
         return "No results yet.\n"
-    cells = [[" to ".join(map(str, v)) if isinstance(v, list) else v for v in row.values()] for row in rows]
-    return markdown([list(rows[0]), ["---"] * len(rows[0]), *([str(c) for c in line] for line in cells)]) + "\n"
+    cells = [[" to ".join(map(str, v)) if isinstance(v, list) else str(v) for v in row.values()] for row in rows]
+    return markdown([list(rows[0]), ["---"] * len(rows[0]), *cells]) + "\n"
 
 
 def rebuild(text: str, results: Path = RESULTS) -> str:

@@ -1,8 +1,9 @@
-"""examples/finetune.py with batch norms that keep their statistics, which notes the gradients of every step.
+"""examples/finetune.py in float64, its batch norms keeping their statistics, which notes the gradients of every step.
 
     python tests/finetune_recorded.py FOLDER_FOR_GRADIENTS [arguments of finetune.py]
 
-Batch statistics of half a batch are not those of the whole, and without CUDA there is no layer that shares them.
+Batch statistics of half a batch are not those of the whole, and without CUDA there is no layer that shares them. In
+float32 a ReLU whose input is zero to rounding falls either way.
 """
 
 import os
@@ -36,6 +37,12 @@ def train(self, mode=True, original=finetune.MSAUnet.train):
     return self
 
 
+def forward(self, x, original=finetune.MSAUnet.forward):
+    return original(self, x.double())
+
+
+torch.set_default_dtype(torch.float64)
 finetune.MSAUnet.train = train
+finetune.MSAUnet.forward = forward
 torch.optim.AdamW = Recorder
 finetune.main(sys.argv[2:])

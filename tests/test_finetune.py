@@ -188,7 +188,6 @@ def test_two_processes_in_two_passes_train_what_one_does(data, tmp_path):
         (tmp_path / name).mkdir()
     run(script, tmp_path / "one", data, tmp_path / "out1", *TINY, 1)
     run(*torchrun, "--nproc-per-node=2", script, tmp_path / "two", data, tmp_path / "out2", *TINY, 1, "--accumulate=2")
-    differences = []
     for step in range(5):
         one, first, second = (
             torch.cat([g.flatten() for g in torch.load(tmp_path / path, weights_only=True)])
@@ -196,9 +195,7 @@ def test_two_processes_in_two_passes_train_what_one_does(data, tmp_path):
         )
         assert torch.equal(first, second)
         assert one.norm() > 1e-3
-        differences.append((first - one).norm() / one.norm())
-    assert sorted(differences)[3] < 1e-5
-    assert max(differences) < 1e-3  # a ReLU of an input that is zero to rounding may fall either way
+        assert (first - one).norm() < 1e-5 * one.norm()
     one, two = (torch.load(tmp_path / f"out{n}.last.pt", weights_only=True) for n in (1, 2))
     for name, tensor in one["model"].items():
         torch.testing.assert_close(two["model"][name], tensor, rtol=1e-5, atol=1e-5)  # a step is 1e-3

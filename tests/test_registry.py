@@ -40,7 +40,8 @@ def test_shipped_cards_agree_with_their_files(path: Path, monkeypatch: pytest.Mo
         folder, card.repo_id, card.revision, {k: (low, high) for k, (_, low, high) in card.metrics.items()}
     )
     assert card == described
-    assert card.name.startswith(card.encoder.partition(".")[0])
+    encoder = card.encoder.partition(".")[0]
+    assert card.name.startswith((f"{encoder}.", f"{encoder}_small."))
     assert all(low <= value <= high for value, low, high in card.metrics.values())
     assert card.licence
     assert read_config(folder / CONFIG).weights_sha256 == card.sha256
