@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from msa_unet import CheckpointError, InputError, MSAUnet, Segmentation, list_pretrained, predict
+from msa_unet.cli import DEFAULT_MODEL  # its weights come with every installation
 from msa_unet.inference import MAX_PIXELS, read_image
 
 EXAMPLES = sorted(str(path) for path in Path(__file__).parent.glob("*.png") if "overlay" not in path.stem)
@@ -86,8 +87,7 @@ def build() -> gr.Blocks:
         finding = gr.State(time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=1):
-                names = list_pretrained()
-                checkpoint = gr.Dropdown(names, value=names[0] if names else None, label="Checkpoint")
+                checkpoint = gr.Dropdown(list_pretrained(), value=DEFAULT_MODEL, label="Checkpoint")
                 image = gr.File(label="Image: PNG, JPEG, TIFF or DICOM", elem_id="image")
                 gr.Examples(EXAMPLES, image, label="Examples")
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="Threshold", elem_id="threshold")
