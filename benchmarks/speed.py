@@ -50,15 +50,16 @@ PEERS = {
 }
 CELL = ("encoder", "size", "batch", "mode", "engine", "dtype", "device")
 LARGEST = 2 * 1024**2  # pixels of a batch
+LITERAL = ("literal", "literal-nchw")  # in our layout, and in the one that it was published in
 LITERAL_LARGEST = 512  # its side: the literal form needs over 20 GB beyond
 
 
 def contenders(encoder: str, size: int) -> dict[str, Callable[[], nn.Module]]:
     """What is compared at one encoder, ours first."""
     if encoder == "published":
-        return {"msa": MSAUnet} | ({"literal": LiteralMSAUnet} if size <= LITERAL_LARGEST else {})
+        return {"msa": MSAUnet} | (dict.fromkeys(LITERAL, LiteralMSAUnet) if size <= LITERAL_LARGEST else {})
     if encoder == "ablations":
-        names = ["msa", "unet", *(name for name in VARIANTS if name.startswith("base"))]
+        names = ["msa", "unet", *(name for name in VARIANTS if name.startswith(("base", "scratch")))]
         return {name: lambda name=name: VARIANTS[name](3, 1, None) for name in names}
     return {
         "msa": lambda: MSAUnet(encoder),
@@ -80,17 +81,18 @@ def sized(encoder: str, size: int) -> dict[str, int]:
     return {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
 
 
-def prepared(model: nn.Module, cell: dict[str, Any]) -> Callable[[], None]:
+def prepared(name: str, model: nn.Module, cell: dict[str, Any]) -> Callable[[], None]:
     """One step of a contender in a cell: a forward pass, or a whole train step."""
     device = torch.device(cell["device"])
-    model = model.to(device, memory_format=torch.channels_last).train(cell["mode"] == "train")
+    layout = torch.contiguous_format if name.endswith("-nchw") else torch.channels_last
+    model = model.to(device, memory_format=layout).train(cell["mode"] == "train")
     if cell["engine"] == "fused":
         if isinstance(model, MSAUnet):
             model = model.fuse()
         else:
             fold_batch_norms(model, (1, 3, cell["size"], cell["size"]))
     x = torch.randn(cell["batch"], 3, cell["size"], cell["size"], device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=layout)
     half = cell["dtype"] != "float32"
     autocast = torch.autocast(device.type, getattr(torch, cell["dtype"]), enabled=half)
     run = torch.compile(model) if cell["engine"] == "compiled" else model
@@ -138,7 +140,7 @@ def measure(cell: dict[str, Any], seconds: float, memory: bool, only: Sequence[s
     built = {name: attempt(name, build) for name, build in wanted.items()}
     models = {name: model for name, model in built.items() if model is not None}
     costs = {n: (sum(p.numel() for p in m.parameters()), gmac(m, cell["size"])) for n, m in models.items()}
-    steps = {name: prepared(model, cell) for name, model in models.items()}
+    steps = {name: prepared(name, model, cell) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _, step in itertools.product(range(2), steps.values()):
         step()
@@ -186,7 +188,8 @@ def peak(what: dict[str, Any]) -> float:
     if what["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = resident("VmRSS")
-    step = prepared(contenders(what["encoder"], what["size"])[what["contender"]](), what)
+    name = what["contender"]
+    step = prepared(name, contenders(what["encoder"], what["size"])[name](), what)
     step()
     step()
     if what["device"] == "cuda":
