@@ -7,7 +7,8 @@ stands between `<!-- accuracy:begin SPLIT VARIANT ... -->` and `<!-- accuracy:en
 first VARIANT is the reference that the others are compared with; without any, or with "..." for the others, all that
 have results are shown, against msa or that reference.
 
-`<!-- accuracy:begin summary -->` holds one table of the test split's Dice, with msa's lead over each other variant.
+`<!-- accuracy:begin summary VARIANT ... -->` holds one table of the test split's Dice, with the lead of the first
+variant, msa if none is named, over each other one.
 
 An image's score is the mean over its classes; the tiles of one photograph count as one image. Intervals are 95 %
 percentile bootstraps: of a mean over images and seeds, of a difference over images, paired, with seeds averaged. Holm's
@@ -160,10 +161,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(results: Path, reference: str = "msa") -> str:
-    """Markdown, a row per setting of the test split: Dice of each variant, and the reference's lead where it is one."""
-    settings = collect(results, "test")
-    others = sorted({variant for scores in settings.values() for variant in scores} - {reference})
+def summary(results: Path, variants: Sequence[str] = ()) -> str:
+    """Markdown, a row per setting of the test split: Dice of each variant, and the first one's lead over it."""
+    reference = variants[0] if variants else "msa"
+    settings = collect(results, "test", variants)
+    others = variants[1:] or sorted({variant for scores in settings.values() for variant in scores} - {reference})
     lines = [["data set", "images", "seeds", reference, *others], ["---"] * (4 + len(others))]
     for (data_set, *_), scores in settings.items():
         if reference not in scores:
@@ -289,7 +291,7 @@ def rebuild(text: str, results: Path = RESULTS) -> str:
     def block(match: re.Match[str]) -> str:
         kind, first, *variants = match[2], *(match[3].split() or ["test"])
         if (kind, first) == ("accuracy", "summary"):
-            table = summary(results)
+            table = summary(results, variants)
         elif kind == "accuracy":
             table = tables(results, first, variants)
         elif kind == "rows":

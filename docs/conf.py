@@ -10,6 +10,7 @@ DOCS = Path(__file__).parent
 GENERATED = DOCS / "_generated"  # git ignores it
 WEIGHTS = DOCS.parent / "weights"
 CENSUS = DOCS.parent / "benchmarks" / "results" / "census.csv"
+EXPORTS = CENSUS.with_name("export.csv")
 CHECKS = ("ok_native", "ok_250x190", "ok_33x47", "backward")
 
 project = "msa_unet"
@@ -39,6 +40,18 @@ def encoder_table(census: Path) -> list[list[str]]:
     return table
 
 
+def export_table(exports: Path) -> list[list[str]]:
+    """A head and one row per timm module, the reason in place of a difference where there is none."""
+    with exports.open() as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["module"])
+    table = [["timm module", "smallest architecture", "torch.export", "ONNX"]]
+    for row in rows:
+        exported = row["difference"] if row["traced"] == "ok" else row["traced"]
+        onnx = row["onnx_difference"] if row["onnx"] == "ok" else row["onnx"]
+        table.append([row["module"], row["encoder"], exported, onnx])
+    return table
+
+
 def card_page(card: Path) -> str:
     """A model card without the header for the Hub, its links as seen from `GENERATED`."""
     text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(), flags=re.DOTALL)
@@ -48,12 +61,13 @@ def card_page(card: Path) -> str:
 
 
 def generate(app: Any) -> None:
-    """The encoder table and one page per checkpoint."""
+    """The tables of the two censuses and one page per checkpoint."""
     GENERATED.mkdir(exist_ok=True)
     for old in GENERATED.iterdir():
         old.unlink()
-    with (GENERATED / "encoders.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(encoder_table(CENSUS))
+    for name, table in (("encoders", encoder_table(CENSUS)), ("exports", export_table(EXPORTS))):
+        with (GENERATED / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(table)
     for card in WEIGHTS.glob("*/README.md"):
         (GENERATED / f"{card.parent.name}.md").write_text(card_page(card))
 

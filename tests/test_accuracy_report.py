@@ -111,6 +111,9 @@ def test_summary(results: Path):
     assert row[4].endswith("not separable")
     assert re.match(r"[\d.]+; \+[\d.]+ \(\+[\d.]+ to \+[\d.]+\), msa better \|", row[5])
     assert report.rebuild(text, results) == text
+    text = report.rebuild("<!-- accuracy:begin summary unet msa -->\n<!-- accuracy:end -->", results)
+    assert "| data set | images | seeds | unet | msa |" in text
+    assert "unet worse" in text
 
 
 def test_speed_table(results: Path):
