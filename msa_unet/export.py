@@ -9,7 +9,8 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .encoders import MSAEncoder
 from .errors import ConfigError, ExportError
 from .files import replacing
 from .inference import Source, prepare, to_unit_range
@@ -85,9 +87,9 @@ def export(
         _require_onnx()
     images = [prepare(to_unit_range(image), model.config) for image in calibration]
     kind = "ONNX" if onnx else "an AOTInductor package" if aoti else ".pt2"
-    properties = metadata(model.config)
     with replacing(path) as temporary:
         program = trace(model, "float16" if dtype == "float16" else "float32")
+        properties = metadata(model.config) | {"least_side": least_side(program)}
         with _naming(model, f"be written as {kind}"):
             if onnx:
                 _write_onnx(program, temporary, properties, images)
@@ -112,7 +114,7 @@ def metadata(config: "MSAUnetConfig") -> dict[str, Any]:
 
 
 def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") -> ExportedProgram:
-    """The graph of `model`, fused, for any batch, height and width; those of the published network from 32 up.
+    """The graph of `model`, fused, for any batch, and for any height and width from `least_side(graph)` up.
 
     Raises:
         ExportError: the encoder does something that depends on the size in a way that no graph can hold.
@@ -125,14 +127,32 @@ def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") ->
             "that no single graph can hold. docs/deploy.md says which encoders can."
         )
     coarsest = model.encoder.strides[-1]
-    # a graph takes a side of 1 to be special, and that of the coarsest level must not become 1 for some images only
-    least = 1 if min(model.encoder.frame(1, 1)) > coarsest else 2 * coarsest
+    # a graph takes a size of 1 to be special, so nothing inside may become 1 for some images only
+    if isinstance(model.encoder, MSAEncoder):
+        return _trace(model, dtype, 2 * coarsest)
+    unit = model.encoder.plan.unit
+    if not unit:
+        with suppress(ExportError):
+            return _trace(model, dtype, 1)
+    return _trace(model, dtype, 2 * max(4 * coarsest, *(unit or (0,))))
+
+
+def least_side(graph: ExportedProgram) -> int:
+    """The smallest height and width, in pixels, that a graph of `trace` takes."""
+    (name,) = graph.graph_signature.user_inputs
+    image = next(node for node in graph.graph.nodes if node.name == name).meta["val"]
+    return max(1, *(int(graph.range_constraints[side.node.expr].lower) for side in image.shape[2:]))
+
+
+def _trace(model: "MSAUnet", dtype: Literal["float32", "float16"], least: int) -> ExportedProgram:
     shapes = {0: Dim("batch"), 2: Dim("height", min=least), 3: Dim("width", min=least)}
-    image = torch.zeros(2, model.config.in_channels, 90, 150)  # unlike sides: equal ones would be taken to be so always
+    # unlike sides: equal ones would be taken to be so always
+    image = torch.zeros(2, model.config.in_channels, 90 + 3 * (least - 1) // 2, 150 + 2 * (least - 1))
     with _naming(model, "be exported"), torch.no_grad(), _whole_number_padding():
         network = _Network(model, getattr(torch, dtype))
-        if least > 1:  # then nothing is ever padded, and the graph need not say so
-            network.model.encoder.frame = lambda height, width: (height, width)  # type: ignore[method-assign]
+        if least > 1:  # then nothing is padded for being small, and the graph need not say so
+            stride = 1 if isinstance(model.encoder, MSAEncoder) else model.encoder.strides[-1]
+            network.model.encoder.frame = partial(_whole, stride)  # type: ignore[method-assign]
         return torch.export.export(network, (image,), dynamic_shapes={"image": shapes}, strict=False)
 
 
@@ -152,6 +172,10 @@ class _Network(nn.Module):
         logits: Tensor = self.model(framed.to(self.dtype)).float()
         # not a slice, whose end a tracer would want to compare with the frame
         return logits.index_select(2, torch.arange(height)).index_select(3, torch.arange(width))
+
+
+def _whole(stride: int, height: int, width: int) -> tuple[int, int]:
+    return (height + stride - 1) // stride * stride, (width + stride - 1) // stride * stride
 
 
 @contextmanager
@@ -194,7 +218,9 @@ def _require_onnx() -> None:
 def _check(run: Callable[[Tensor], Tensor], program: ExportedProgram) -> None:
     """Compare a converted graph with what it was made of, on one image: converters and compilers make mistakes."""
     network = program.module()
-    image = torch.randn(1, program.example_inputs[0][0].shape[1], 70, 131, generator=torch.Generator().manual_seed(0))
+    channels, least = program.example_inputs[0][0].shape[1], least_side(program)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, channels, max(70, least), max(70, least) + 61, generator=generator)
     wanted = network(image)
     error = ((run(image) - wanted).abs().max() / wanted.abs().max()).item()
     if not error <= TOLERANCES[next(iter(program.parameters())).dtype]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from msa_unet import ConfigError, ExportError, MSAUnet, predict
 from msa_unet.cli import main
-from msa_unet.export import export, trace
+from msa_unet.export import export, least_side, trace
 
 pytest.importorskip("onnx", reason="needs pip install 'msa-unet[export]'")
 pytest.importorskip("onnxscript", reason="needs pip install 'msa-unet[export]'")
@@ -64,6 +64,13 @@ def nuclei_onnx(nuclei, tmp_path_factory):
     return path
 
 
+def test_a_graph_refuses_images_below_its_least_side():
+    graph = trace(tiny("msa"))
+    assert least_side(graph) == 32
+    with pytest.raises(Exception, match=r"size\(\)\[2\] >= 32"):
+        graph.module()(torch.zeros(1, 3, 31, 40))
+
+
 @pytest.mark.parametrize("encoder", ["msa", "resnet10t", "vit_tiny_patch16_224", "convnext_atto"])
 def test_one_graph_for_all_sizes(encoder):
     model = tiny(encoder)
@@ -82,6 +89,17 @@ def test_the_published_network_as_onnx(tmp_path):
     check(lambda x: session.run(None, {"image": x.numpy()})[0], model, 1e-4)
 
 
+def test_an_encoder_of_a_fixed_size_says_how_small_images_may_be(tmp_path):
+    model = tiny("pit_ti_224")
+    export(model, tmp_path / "pit.onnx")
+    session = onnx_session(tmp_path / "pit.onnx")
+    assert session.get_modelmeta().custom_metadata_map["least_side"] == "448"
+    for n, *size in [(1, 448, 530), (2, 830, 460)]:
+        x = torch.randn(n, 3, *size)
+        with torch.no_grad():
+            assert np.abs(session.run(None, {"image": x.numpy()})[0] - model(x).numpy()).max() <= 1e-4
+
+
 def test_onnx_says_how_images_are_prepared(nuclei, nuclei_onnx):
     session = onnx_session(nuclei_onnx)
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -93,6 +111,7 @@ def test_onnx_says_how_images_are_prepared(nuclei, nuclei_onnx):
         "temperature": nuclei.config.temperature,
         "activation": "sigmoid",
         "encoder": "tf_efficientnet_lite0",
+        "least_side": 1,
     }
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     assert session.get_outputs()[0].shape == ["batch", 1, "height", "width"]
