@@ -1,5 +1,6 @@
 """Exported files: the same function as in eager mode at any size, and they say how images are prepared."""
 
+import csv
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 
 from msa_unet import ConfigError, ExportError, MSAUnet, predict
 from msa_unet.cli import main
-from msa_unet.export import export, least_side, trace
+from msa_unet.export import UNTRACEABLE, export, least_side, trace
 
 pytest.importorskip("onnx", reason="needs pip install 'msa-unet[export]'")
 pytest.importorskip("onnxscript", reason="needs pip install 'msa-unet[export]'")
@@ -167,6 +168,12 @@ def test_what_is_known_not_to_work_is_refused_before_it_starts(tmp_path, monkeyp
     with pytest.raises(ExportError, match=r"'swin_tiny_patch4_window7_224' cannot be exported: .*swin_transformer"):
         export(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_is_what_the_census_found():
+    with (ROOT / "benchmarks" / "results" / "export.csv").open() as file:
+        traced = {row["module"]: row["traced"] for row in csv.DictReader(file)}
+    assert all(traced[module] != "ok" for module in UNTRACEABLE)
 
 
 class Stubborn(torch.nn.Module):
