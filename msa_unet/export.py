@@ -152,7 +152,7 @@ def _trace(model: "MSAUnet", dtype: Literal["float32", "float16"], least: int) -
         network = _Network(model, getattr(torch, dtype))
         if least > 1:  # then nothing is padded for being small, and the graph need not say so
             stride = 1 if isinstance(model.encoder, MSAEncoder) else model.encoder.strides[-1]
-            network.model.encoder.frame = partial(_whole, stride)  # type: ignore[method-assign]
+            network.model.encoder.frame = partial(_whole, stride)  # type: ignore[method-assign] # of this copy alone
         return torch.export.export(network, (image,), dynamic_shapes={"image": shapes}, strict=False)
 
 
