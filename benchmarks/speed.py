@@ -206,10 +206,12 @@ def resident(field: str) -> float:
 def record(rows: list[dict[str, Any]], output: Path) -> None:
     """Add rows to the results, in place of older ones of the same cells; whole or not at all."""
     cells = {tuple(row[c] for c in CELL) for row in rows}
-    kept = [row for row in read(output) if tuple(row[c] for c in CELL) not in cells]
+    old = [(tuple(row[c] for c in CELL) in cells, row) for row in read(output)]
+    place = [replaced for replaced, _ in old].index(True) if any(replaced for replaced, _ in old) else len(old)
+    kept = [row for replaced, row in old if not replaced]
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".part")
-    lines = ",\n".join(json.dumps(row) for row in [*kept, *rows])
+    lines = ",\n".join(json.dumps(row) for row in [*kept[:place], *rows, *kept[place:]])
     partial.write_text(f"[\n{lines}\n]\n")
     partial.replace(output)
 
