@@ -39,6 +39,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05}  # of the largest logit:
 AXES = {0: "batch", 2: "height", 3: "width"}
 # timm modules whose architectures were found not to trace, some only after minutes; what others lack the tracer tells
 UNTRACEABLE = {"sequencer", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"}
+WINDOWED = {"hiera", "nest"}  # attention of five dimensions, where torch's ONNX converter knows the fused one of four
 # what a tracer assumes of sizes and cannot prove is then asserted when the graph runs (torch 2.9)
 _WISH = "prefer_deferred_runtime_asserts_over_guards"
 DEFERRED = {_WISH: True} if _WISH in inspect.signature(torch.export.export).parameters else {}
@@ -124,8 +125,7 @@ def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") ->
     Raises:
         ExportError: the encoder does something that depends on the size in a way that no graph can hold.
     """
-    name = model.config.encoder
-    module = "" if name == "msa" else timm.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    name, module = model.config.encoder, _timm_module(model)
     if module in UNTRACEABLE:
         raise ExportError(
             f"Encoder {name!r} cannot be exported: what timm's {module} computes depends on the image's size in a way "
@@ -140,6 +140,11 @@ def trace(model: "MSAUnet", dtype: Literal["float32", "float16"] = "float32") ->
         with suppress(ExportError):
             return _trace(model, dtype, 1)
     return _trace(model, dtype, 2 * max(4 * coarsest, *(unit or (0,))))
+
+
+def _timm_module(model: "MSAUnet") -> str:
+    name = model.config.encoder
+    return "" if name == "msa" else timm.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
 
 
 def least_side(graph: ExportedProgram) -> int:
@@ -161,7 +166,7 @@ def _trace(model: "MSAUnet", dtype: Literal["float32", "float16"], least: int) -
         options: dict[str, Any] = {"dynamic_shapes": {"image": shapes}, "strict": False} | DEFERRED
         graph = torch.export.export(network, (image,), **options)
         run = graph.module()
-        for batch, height, width in ((1, 0, 61), (2, 57, 30), (1, 170, 7)):  # what was deferred must hold for any size
+        for batch, height, width in ((1, 0, 61), (2, 57, 30), (1, 170, 317)):  # what was deferred must hold
             image = torch.empty(batch, image.shape[1], least + height, least + width)
             _compare(run, network, image, network.dtype)
         return graph
@@ -174,6 +179,9 @@ class _Network(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.model = model.fuse().float().cpu().to(dtype)
+        attentions: list[Any] = [part for part in self.model.modules() if hasattr(part, "fused_attn")]
+        for attention in attentions if _timm_module(model) in WINDOWED else ():
+            attention.fused_attn = False
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
