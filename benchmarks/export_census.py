@@ -27,7 +27,7 @@ from census import reason, write
 from tqdm import tqdm
 
 from msa_unet import MSAUnet
-from msa_unet.export import export, least_side, trace
+from msa_unet.export import UNTRACEABLE, export, least_side, trace
 
 RESULTS = Path(__file__).parent / "results" / "export.csv"
 CENSUS = RESULTS.with_name("census.csv")
@@ -67,6 +67,7 @@ def examine(name: str, limit: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = MSAUnet(name).eval()
+    UNTRACEABLE.clear()  # what is refused is tried, too
     try:
         graph = trace(model)
         least = least_side(graph)

@@ -10,6 +10,10 @@ from torch._dynamo.testing import CompileCounter
 
 from msa_unet import InputError, MSAUnet
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="compiling was tried with torch 2.14; in 2.4 the graph breaks at the padding"
+)
+
 SIZES = ((96, 128), (64, 64), (160, 32), (70, 90), (33, 47), (300, 35))  # "msa" makes another graph below 32 pixels
 TINY = {"msa": (8, 8, 16, 16), "resnet10t": (8, 8, 16, 16, 16), "convnext_atto": (), "vit_tiny_patch16_224": ()}
 
@@ -34,8 +38,7 @@ def test_one_graph_without_breaks_for_all_sizes(encoder: str):
         for size in SIZES:
             x = torch.randn(2, 3, *size)
             assert torch.equal(compiled(x), model(x))
-    if torch.__version__ >= "2.14":  # older releases specialise more and make a graph for some sizes
-        assert counter.frame_count == 1
+    assert counter.frame_count == 1
 
 
 def test_bad_input_is_refused_when_compiled():
