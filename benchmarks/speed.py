@@ -135,21 +135,20 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def measure(cell: dict[str, Any], seconds: float, memory: bool, only: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per contender of the cell; contenders that cannot be built for it are said and left out."""
+    """A row per contender of the cell; contenders that cannot be built for it, or do not run, are said and left out."""
     wanted = {n: build for n, build in contenders(cell["encoder"], cell["size"]).items() if not only or n in only}
-    built = {name: attempt(name, build) for name, build in wanted.items()}
-    models = {name: model for name, model in built.items() if model is not None}
-    costs = {n: (sum(p.numel() for p in m.parameters()), gmac(m, cell["size"])) for n, m in models.items()}
-    steps = {name: prepared(name, model, cell) for name, model in models.items()}
+    attempts = {name: attempt(name, build, cell) for name, build in wanted.items()}
+    ready = {name: found for name, found in attempts.items() if found is not None}
+    steps = {name: step for name, (_, step) in ready.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _, step in itertools.product(range(2), steps.values()):
+    for step in steps.values():
         step()
     start = time.perf_counter()
     while len(times["msa"]) < 5 or time.perf_counter() - start < seconds:
         for name, step in steps.items():
             times[name].append(timed(step, cell["device"]))
     rows = []
-    for name, (parameters, macs) in costs.items():
+    for name, ((parameters, macs), _) in ready.items():
         ratios = sorted(ours / theirs for ours, theirs in zip(times["msa"], times[name], strict=True))
         tenth = len(ratios) // 10
         row = cell | {
@@ -168,12 +167,19 @@ def measure(cell: dict[str, Any], seconds: float, memory: bool, only: Sequence[s
     return rows
 
 
-def attempt(name: str, build: Callable[[], nn.Module]) -> nn.Module | None:
+def attempt(
+    name: str, build: Callable[[], nn.Module], cell: dict[str, Any]
+) -> tuple[tuple[int, float], Callable[[], None]] | None:
+    """Parameters and GMAC of a contender, and its step, run once; None if it cannot."""
     try:
-        return build()
-    except Exception as error:  # whatever a peer raises for an encoder that it does not support
-        print(f"  {name} cannot be built: {str(error)[:200]}", flush=True)
+        model = build()
+        cost = sum(p.numel() for p in model.parameters()), gmac(model, cell["size"])
+        step = prepared(name, model, cell)
+        step()
+    except Exception as error:  # whatever a network raises for what it does not support
+        print(f"  {name} does not run: {str(error)[:200]}", flush=True)
         return None
+    return cost, step
 
 
 def peak_in_own_process(what: dict[str, Any]) -> float | None:

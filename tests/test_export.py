@@ -221,7 +221,7 @@ class Particular(torch.nn.Module):
 def test_a_graph_for_some_sizes_alone_is_not_written(tmp_path):
     model = tiny()
     model.encoder.backbone = Particular(model.encoder.backbone)
-    with pytest.raises(ExportError, match=r"'resnet10t' cannot be exported.*< 300|'resnet10t' cannot.*300 <="):
+    with pytest.raises(ExportError, match=r"'resnet10t' cannot be exported.*Runtime assertion failed"):
         export(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
