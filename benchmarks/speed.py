@@ -211,10 +211,13 @@ def resident(field: str) -> float:
 
 def record(rows: list[dict[str, Any]], output: Path) -> None:
     """Add rows to the results, in place of older ones of the same cells; whole or not at all."""
-    cells = {tuple(row[c] for c in CELL) for row in rows}
-    old = [(tuple(row[c] for c in CELL) in cells, row) for row in read(output)]
-    place = [replaced for replaced, _ in old].index(True) if any(replaced for replaced, _ in old) else len(old)
-    kept = [row for replaced, row in old if not replaced]
+
+    def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[c] for c in CELL)
+
+    cells, old = {cell(row) for row in rows}, read(output)
+    place = next((i for i, row in enumerate(old) if cell(row) in cells), len(old))
+    kept = [row for row in old if cell(row) not in cells]
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".part")
     lines = ",\n".join(json.dumps(row) for row in [*kept[:place], *rows, *kept[place:]])

@@ -168,13 +168,14 @@ def _trace(model: "MSAUnet", dtype: Literal["float32", "float16"], least: int) -
     shapes = {0: Dim("batch"), 2: Dim("height", min=least), 3: Dim("width", min=least)}
     # unlike sides: equal ones would be taken to be so always
     image = torch.zeros(2, model.config.in_channels, 90 + 3 * (least - 1) // 2, 150 + 2 * (least - 1))
-    with _naming(model, "be exported"), torch.no_grad(), _traceable_timm():
+    with _naming(model, "be exported"), torch.no_grad():
         network = _Network(model, getattr(torch, dtype))
         if least > 1:  # then nothing is padded for being small, and the graph need not say so
             stride = 1 if isinstance(model.encoder, MSAEncoder) else model.encoder.strides[-1]
             network.model.encoder.frame = partial(_whole, stride)  # type: ignore[method-assign] # of this copy alone
         options: dict[str, Any] = {"dynamic_shapes": {"image": shapes}, "strict": False} | DEFERRED
-        graph = torch.export.export(network, (image,), **options)
+        with _traceable_timm():
+            graph = torch.export.export(network, (image,), **options)
         run = graph.module()
         for batch, height, width in ((1, 0, 61), (2, 57, 30), (1, 170, 317)):  # what was deferred must hold
             image = torch.empty(batch, image.shape[1], least + height, least + width)
@@ -189,9 +190,10 @@ class _Network(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.model = model.fuse().float().cpu().to(dtype)
-        attentions: list[Any] = [part for part in self.model.modules() if hasattr(part, "fused_attn")]
-        for attention in attentions if _timm_module(model) in WINDOWED else ():
-            attention.fused_attn = False
+        if _timm_module(model) in WINDOWED:
+            attentions: list[Any] = [part for part in self.model.modules() if hasattr(part, "fused_attn")]
+            for attention in attentions:
+                attention.fused_attn = False
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:

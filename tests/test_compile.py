@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from msa_unet import InputError, MSAUnet
 
-pytestmark = pytest.mark.skipif(
+for_new_torch = pytest.mark.skipif(
     torch.__version__ < "2.14", reason="compiling was tried with torch 2.14; in 2.4 the graph breaks at the padding"
 )
 
@@ -29,6 +29,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
+@for_new_torch
 @pytest.mark.parametrize("encoder", TINY)
 def test_one_graph_without_breaks_for_all_sizes(encoder: str):
     counter = CompileCounter()
@@ -57,6 +58,7 @@ def test_inductor_computes_what_eager_mode_does():
             assert (compiled(x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+@for_new_torch
 @needs_compiler
 def test_inductor_trains_as_eager_mode_does():
     eager = tiny("resnet10t")
