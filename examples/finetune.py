@@ -1,7 +1,7 @@
 """Train MSA-Unet on a folder of images and masks; the result is a folder ready for `from_pretrained` and the Hub.
 
     python examples/finetune.py DATA OUT --from tf_efficientnet_lite0.dsb2018
-    python examples/finetune.py DATA OUT --encoder convnext_tiny --supervision running
+    python examples/finetune.py DATA OUT --encoder convnext_tiny --epochs 60
     accelerate launch --num_processes 4 examples/finetune.py DATA OUT --mixed-precision bf16
 
 DATA holds images/ and masks/ (one channel, value = class index, the image's stem) and may hold splits.json, {"train":
@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -167,18 +166,14 @@ class Course(Dataset):
 class Objective(nn.Module):
     """Images (N, C, S, S) and masks (N, S, S), uint8 -> loss; one module, so that DDP and the compiler see it all."""
 
-    def __init__(self, model: MSAUnet, supervision: str) -> None:
+    def __init__(self, model: MSAUnet) -> None:
         super().__init__()
-        self.model, self.supervision = model, supervision
+        self.model = model
         self.normalise = v2.Normalize(model.config.mean, model.config.std)
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         x = self.normalise(images.float() / 255).contiguous(memory_format=torch.channels_last)
-        if self.supervision == "none":
-            return segmentation_loss(self.model(x), masks)
-        votes = self.model.forward_levels(x)  # coarse to fine; their sum is what the network says
-        *others, logits = accumulate(votes) if self.supervision == "running" else (*votes, sum(votes))
-        return segmentation_loss(logits, masks) + sum(segmentation_loss(z, masks) for z in others) / len(others)
+        return segmentation_loss(self.model(x), masks)
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -256,7 +251,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--encoder-weights", default="timm", help="timm (download), none, or a .safetensors file; 'msa' has none")
     add("--decoder-channels", type=int, nargs="+", default=(), help="width per level, finest first")
     add("--channels", type=int, choices=(1, 3), help="of the network's input; default: the checkpoint's, or 3")
-    add("--supervision", choices=("none", "running", "plain"), default="none", help="losses of the levels' votes too")
     add("--size", type=int, default=192, help="side of the training crops in pixels")
     add("--upright", action="store_true", help="the pictures have an up and a down: do not turn them over")
     add("--epochs", type=int, default=30)
@@ -325,7 +319,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, command: str) -> N
     optimizer = torch.optim.AdamW(model.param_groups(args.lr, args.encoder_lr_scale), weight_decay=1e-2, fused=True)
     cosine = {"t_initial": steps + 1 - warm_up, "warmup_t": warm_up, "warmup_prefix": True, "t_in_epochs": False}
     schedule = CosineLRScheduler(optimizer, **cosine)
-    objective, optimizer, loader = accelerator.prepare(Objective(model, args.supervision), optimizer, loader)
+    objective, optimizer, loader = accelerator.prepare(Objective(model), optimizer, loader)
     stateful = {"model": model, "optimizer": optimizer, "scaler": accelerator.scaler}
     stateful = {name: thing for name, thing in stateful.items() if thing is not None}
     if last.exists():

@@ -33,7 +33,8 @@ for epoch in range(1, 6):
         levels = model.forward_levels(images[batch])  # what each depth votes, coarse to fine
         *coarser, logits = accumulate(levels)  # the sum of all is model(images[batch])
         loss = F.cross_entropy(logits, masks[batch])
-        loss = loss + sum(F.cross_entropy(z, masks[batch]) for z in coarser) / len(coarser)  # deep supervision
+        # deep supervision, to show how: it gained nothing where it was measured (docs/design.md)
+        loss = loss + sum(F.cross_entropy(z, masks[batch]) for z in coarser) / len(coarser)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -264,7 +264,7 @@ def test_from_a_checkpoint_with_other_classes_and_channels(tmp_path, capsys):
         "resnet18", in_channels=3, decoder_channels=(8,) * 5, class_names=["background", "cell"], num_classes=2
     ).save_pretrained(tmp_path / "old")
     arguments = [folder, tmp_path / "out", "--from", tmp_path / "old", "--channels", 1, "--size", 64, "--epochs", 1]
-    arguments += ["--supervision", "running", "--mixed-precision", "bf16"]
+    arguments += ["--mixed-precision", "bf16"]
     finetune.main([str(a) for a in arguments])
     report = capsys.readouterr().out
     assert re.search(r"\d+ adapted: .*conv1.weight", report)
@@ -308,19 +308,11 @@ def test_the_loss_is_a_mean_over_images(classes):
     torch.testing.assert_close(alone[0], entropy.mean())
 
 
-@pytest.mark.parametrize("supervision", ["none", "running", "plain"])
-def test_supervision(supervision):
+def test_the_objective_normalises_images_as_predict_does():
     model = MSAUnet("msa", decoder_channels=(4, 4, 8, 8)).eval()
     images, masks = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 2, (2, 32, 32))
-    x = (images / 255 - 0.5) / 0.5
-    loss = finetune.segmentation_loss
-    expected = loss(model(x), masks)
-    levels = model.forward_levels(x)
-    if supervision != "none":
-        others = [sum(levels[: i + 1]) if supervision == "running" else level for i, level in enumerate(levels)]
-        others = others[: len(levels) - (supervision == "running")]
-        expected = expected + torch.stack([loss(z, masks) for z in others]).mean()
-    torch.testing.assert_close(finetune.Objective(model, supervision)(images, masks), expected)
+    expected = finetune.segmentation_loss(model((images / 255 - 0.5) / 0.5), masks)
+    torch.testing.assert_close(finetune.Objective(model)(images, masks), expected)
 
 
 def test_synchronised_batch_norms_are_stored_as_the_usual_ones(tmp_path):
