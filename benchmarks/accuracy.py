@@ -153,7 +153,7 @@ VARIANTS: dict[str, Build] = {
     "scratch-attention-unet": scratch_attention_unet,
     "scratch-unet": scratch_unet,
 }
-PEERS = ("msa", "unet", "unetplusplus", "manet", "deeplabv3plus", "segformer")
+PEERS = ("msa", "unet", "unetplusplus", "manet", "deeplabv3plus")
 
 # from the votes of the levels, coarse to fine, (N, K, H, W) each, to the logits that have a loss: the network's last
 SUPERVISION: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
