@@ -232,7 +232,7 @@ def test_contenders_start_from_the_same_encoder_weights(tmp_path: Path):
     weights = tmp_path / "lite0.safetensors"
     save_file(timm.create_model(accuracy.ENCODER).state_dict(), weights)
     expected = accuracy.VARIANTS["msa"](3, 1, weights).backbone.state_dict()
-    for name in accuracy.PEERS[1:]:
+    for name in (*accuracy.PEERS[1:], "segformer"):
         model = accuracy.VARIANTS[name](3, 1, weights)
         found = model.encoder.model.state_dict()
         assert found.keys() == expected.keys(), name

@@ -308,7 +308,7 @@ def test_the_loss_is_a_mean_over_images(classes):
     torch.testing.assert_close(alone[0], entropy.mean())
 
 
-def test_the_objective_normalises_images_as_predict_does():
+def test_the_objective_is_the_loss_of_normalised_images():
     model = MSAUnet("msa", decoder_channels=(4, 4, 8, 8)).eval()
     images, masks = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 2, (2, 32, 32))
     expected = finetune.segmentation_loss(model((images / 255 - 0.5) / 0.5), masks)
